@@ -1,0 +1,35 @@
+# make demo | test | lint | utils: see README.md. With PYTHON=python3 they use that environment as it is, not .venv.
+SHELL := /bin/bash
+PYTHON := .venv/bin/python
+FROM := learning_curves
+COPIES := $(wildcard */utils.py)
+ifeq ($(PYTHON),.venv/bin/python)
+ENVIRONMENT := .venv/complete
+endif
+
+.PHONY: demo test lint utils
+
+demo: $(ENVIRONMENT)
+	rm -rf demo
+	$(PYTHON) learning_curves/cifar_dgl.py --data digits --epochs 17 --save_folder demo
+	$(PYTHON) learning_curves/cifar_sequential_greedy.py --data digits --epochs 17 --save_folder demo
+	PARALLEL_LOG="$$(echo "$$PWD"/demo/*_cifar_dgl.log)" PICTURE="$$PWD/demo/learning_curves.png" \
+	SEQUENTIAL_LOG="$$(echo "$$PWD"/demo/*_cifar_sequential_greedy.log)" \
+	$(PYTHON) -m nbconvert --log-level WARN --to notebook --execute --output-dir demo learning_curves/LearningCurves.ipynb
+	@echo; echo "Logs and picture:"; ls demo/*.log demo/*.png
+
+test: $(ENVIRONMENT)
+	$(PYTHON) -m pytest
+
+lint: $(ENVIRONMENT)
+	$(PYTHON) -m ruff check
+	$(PYTHON) -m ruff format --check
+
+utils:  # from the folder that has the new version: make utils FROM=learning_curves
+	for copy in $(filter-out $(FROM)/utils.py,$(COPIES)); do cp $(FROM)/utils.py $$copy; done
+
+.venv/complete: requirements.txt
+	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'
+	python3 -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@

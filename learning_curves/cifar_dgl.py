@@ -1,0 +1,88 @@
+"""Learning curves of parallel DGL (Section 5.2, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
+
+Four layers, each a module with an auxiliary network and a loss of its own, are trained at the same time: synchronous
+DGL, Algorithm 1. cifar_sequential_greedy.py trains the same network one layer after the other; LearningCurves.ipynb
+compares the two.
+
+    python cifar_dgl.py                  # CIFAR-10, downloaded to ./data if missing; 50 epochs
+    python cifar_dgl.py --data digits    # handwritten digits, no download
+
+Writes a log with a line a layer and epoch, and a checkpoint to --resume from.
+"""
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import utils
+from models import DGLNet
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(__file__, __doc__)
+    parser.add_argument("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
+    parser.add_argument("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
+    parser.add_argument("--epochs", type=utils.at_least(1), default=50, help="passes over the training set")
+    parser.add_argument("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
+    return parser.parse_args(argv)
+
+
+def set_learning_rate(optimizers, epoch):
+    """0.1, multiplied by 0.2 after every 15 epochs; epochs count from 1."""
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = 0.1 * 0.2 ** ((epoch - 1) // 15)
+
+
+def train_epoch(model, optimizers, scalers, autocast, batches, meters):
+    """One epoch of synchronous DGL (Algorithm 1): a module updates before the next one sees the batch."""
+    model.train()
+    for images, labels in tqdm(batches, disable=None, leave=False):
+        x = images
+        for n, (optimizer, scaler) in enumerate(zip(optimizers, scalers)):
+            with autocast:
+                logits, representation = model(x, n)
+                loss = F.cross_entropy(logits, labels)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
+            scaler.step(optimizer)
+            scaler.update()
+            meters[n].update(loss, logits, labels)
+            x = representation.detach()  # update unlocking: nothing flows back across modules
+
+
+@torch.no_grad()
+def evaluate(model, autocast, batches):
+    """Top-1 accuracy in % of every module, in one pass over the batches."""
+    model.eval()
+    correct = torch.zeros(len(model.blocks), device=batches.device)
+    for images, labels in batches:
+        x = images
+        for n in range(len(model.blocks)):
+            with autocast:
+                logits, x = model(x, n)
+            correct[n] += (logits.argmax(1) == labels).sum()
+    return (100 * correct / len(batches.labels)).tolist()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = utils.setup(args)
+    data = utils.load_data(args, device)
+    model = utils.prepare(DGLNet(data.num_classes), args, device)
+    optimizers = [
+        torch.optim.SGD([*block.parameters(), *net.parameters()], lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
+        for block, net in zip(model.blocks, model.auxiliary_nets)
+    ]
+    scalers = [utils.grad_scaler(args, device) for _ in optimizers]
+    autocast = utils.autocast(args, device)
+    meters = [utils.Meter(device) for _ in optimizers]
+    run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers)
+    for epoch in run.epochs(args.epochs):
+        set_learning_rate(optimizers, epoch)
+        train_epoch(model, optimizers, scalers, autocast, data.train, meters)
+        for n, (meter, top1) in enumerate(zip(meters, evaluate(model, autocast, data.test)), start=1):
+            run.log_epoch(n, epoch, meter, top1)
+
+
+if __name__ == "__main__":
+    main()

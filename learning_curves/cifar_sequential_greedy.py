@@ -1,0 +1,87 @@
+"""Learning curves of sequential greedy training (Section 5.2, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
+
+The network of cifar_dgl.py trained one layer after the other: layer 1 for all epochs, then layer 2 on top of the frozen
+layer 1, and so on. LearningCurves.ipynb compares the two.
+
+    python cifar_sequential_greedy.py                  # CIFAR-10, downloaded to ./data if missing; 4 x 50 epochs
+    python cifar_sequential_greedy.py --data digits    # handwritten digits, no download
+
+Writes a log with a line a layer and epoch, and a checkpoint to --resume from.
+"""
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import utils
+from models import DGLNet
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(__file__, __doc__)
+    parser.add_argument("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
+    parser.add_argument("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
+    parser.add_argument("--epochs", type=utils.at_least(1), default=50, help="passes over the training set, a layer")
+    parser.add_argument("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
+    return parser.parse_args(argv)
+
+
+def set_learning_rate(optimizer, epoch):
+    """0.1, multiplied by 0.2 after every 15 epochs; epochs count from 1, for each layer anew."""
+    optimizer.param_groups[0]["lr"] = 0.1 * 0.2 ** ((epoch - 1) // 15)
+
+
+def train_epoch(model, n, optimizer, scaler, autocast, batches, meter):
+    """One epoch of layer n (from 0); the layers below are frozen, their BatchNorm statistics too."""
+    model.eval()
+    model.blocks[n].train()
+    model.auxiliary_nets[n].train()
+    for images, labels in tqdm(batches, disable=None, leave=False):
+        x = images
+        with torch.no_grad(), autocast:
+            for block in model.blocks[:n]:
+                x = block(x)
+        with autocast:
+            logits, _ = model(x, n)
+            loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        meter.update(loss, logits, labels)
+
+
+@torch.no_grad()
+def evaluate(model, n, autocast, batches):
+    """Top-1 accuracy in % of layer n (from 0)."""
+    model.eval()
+    correct = torch.zeros((), device=batches.device)
+    for images, labels in batches:
+        with autocast:
+            logits, _ = model(images, n, upto=True)
+        correct += (logits.argmax(1) == labels).sum()
+    return (100 * correct / len(batches.labels)).item()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = utils.setup(args)
+    data = utils.load_data(args, device)
+    model = utils.prepare(DGLNet(data.num_classes), args, device)
+    optimizers = [
+        torch.optim.SGD([*block.parameters(), *net.parameters()], lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
+        for block, net in zip(model.blocks, model.auxiliary_nets)
+    ]
+    scalers = [utils.grad_scaler(args, device) for _ in optimizers]
+    autocast = utils.autocast(args, device)
+    meter = utils.Meter(device)
+    run = utils.Run(args, data, fixed=["epochs"], model=model, optimizers=optimizers, scalers=scalers)
+    for step in run.epochs(len(optimizers) * args.epochs):
+        n, epoch = (step - 1) // args.epochs, (step - 1) % args.epochs + 1
+        set_learning_rate(optimizers[n], epoch)
+        train_epoch(model, n, optimizers[n], scalers[n], autocast, data.train, meter)
+        run.log_epoch(n + 1, epoch, meter, evaluate(model, n, autocast, data.test))
+
+
+if __name__ == "__main__":
+    main()
