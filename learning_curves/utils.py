@@ -14,6 +14,7 @@ import platform
 import sys
 import textwrap
 import time
+import zipfile
 from pathlib import Path
 
 import torch
@@ -233,7 +234,7 @@ def decode(folder):
     key = hashlib.sha256(json.dumps(files).encode()).hexdigest()
     cache = Path(f"{folder.root}.decoded.pt")
     try:
-        cached = torch.load(cache, weights_only=True)
+        cached = read(cache)
         if cached["key"] == key:
             return cached["images"], cached["labels"]
     except Exception:  # not there, or damaged: made anew
@@ -290,6 +291,14 @@ def write(path, state):
     temporary = path.with_name(f"{path.name}.tmp")
     torch.save(state, temporary)
     os.replace(temporary, path)
+
+
+def read(path):
+    """What `write` wrote, on the CPU; an exception of some kind if it is damaged."""
+    with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+        if damaged := archive.testzip():
+            raise ValueError(f"{damaged} in {path} is damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def state_of(part):
@@ -384,11 +393,11 @@ class Run:
     def load(self, path):
         """Set everything to a checkpoint's state and return its log's name; one of another run ends the program."""
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = read(path)
             was, now = state["arguments"], vars(self.args)
         except FileNotFoundError:
             fail(f"there is no checkpoint {path}")
-        except Exception as error:  # torch.load raises all kinds
+        except Exception as error:
             fail(f"{path} is damaged, or not a checkpoint of these scripts ({type(error).__name__})")
         if was["script"] != now["script"]:
             fail(f"{path} is a checkpoint of {was['script']}.py")

@@ -1,0 +1,245 @@
+"""utils.py: the copies, the data, the meters and the checkpoint file."""
+
+import filecmp
+import os
+import pickle
+import time
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision.transforms.functional as TF
+from conftest import ROOT, load
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+utils = load("learning_curves", "utils")
+
+
+def arguments(*flags):
+    return load("learning_curves", "cifar_dgl").parse_args([*map(str, flags)])
+
+
+def load_data(*flags):
+    return utils.load_data(arguments(*flags), torch.device("cpu"))
+
+
+def refused(capsys, *flags):
+    """The one line on stderr with which load_data refuses the flags."""
+    with pytest.raises(SystemExit) as stop:
+        load_data(*flags)
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    return message
+
+
+def test_all_copies_are_the_same():
+    copies = sorted(ROOT.glob("*/utils.py"))
+    assert copies
+    assert all(filecmp.cmp(copies[0], copy, shallow=False) for copy in copies)
+
+
+# Batches
+
+
+def random_set(size, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (size, 32, 32, 3), dtype=torch.uint8, generator=generator), torch.arange(size)
+
+
+def test_a_training_batch_equals_torchvision_image_by_image():
+    images, labels = random_set(20)
+    batches = utils.Batches(images, labels, 8, "cpu", torch.Generator().manual_seed(1))
+    draws = torch.cat(utils.Batches(images, labels, 8, "cpu", torch.Generator().manual_seed(1)).draw(), dim=1)
+    assert {*draws[3].tolist()} == {0, 1}
+    result, order = (torch.cat(parts) for parts in zip(*batches))
+    for image, index, top, left, flip in zip(result, *draws.tolist()):
+        expected = TF.pad(Image.fromarray(images[index].numpy()), 4)
+        expected = TF.crop(expected, top, left, 32, 32)
+        expected = TF.hflip(expected) if flip else expected
+        expected = TF.normalize(TF.to_tensor(expected), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+        assert torch.equal(image, expected)
+    assert order.tolist() == draws[0].tolist()
+
+
+def test_a_test_batch_is_only_normalised_and_in_order():
+    images, labels = random_set(10)
+    result, order = (torch.cat(parts) for parts in zip(*utils.Batches(images, labels, 4, "cpu")))
+    assert order.tolist() == list(range(10))
+    for image, expected in zip(result, images.numpy()):
+        expected = TF.normalize(TF.to_tensor(expected), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+        assert torch.equal(image, expected)
+
+
+def test_batches_are_channels_last():
+    for generator in (None, torch.Generator()):
+        for images, _ in utils.Batches(*random_set(5), 4, "cpu", generator):
+            assert images.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_draws_are_uniform_and_new_in_each_pass():
+    batches = utils.Batches(*random_set(9000), 100, "cpu", torch.Generator().manual_seed(0))
+    first, second = (torch.cat(batches.draw(), dim=1) for _ in range(2))
+    assert first[0].sort().values.tolist() == list(range(9000))
+    assert not torch.equal(first, second)
+    for row in first[1:3]:  # 9 offsets, 1000 of each expected, standard deviation 30
+        assert row.bincount().tolist() == pytest.approx([1000] * 9, abs=150)
+    assert first[3].bincount().tolist() == pytest.approx([4500] * 2, abs=240)
+    assert abs(torch.corrcoef(first[1:].float()).triu(1)).max() < 0.05
+
+
+@pytest.mark.parametrize(
+    ("size", "training", "sizes"), [(9, True, [4, 4]), (9, False, [4, 4, 1]), (10, True, [4, 4, 2])]
+)
+def test_a_last_training_batch_of_one_image_is_left_out(size, training, sizes):
+    batches = utils.Batches(*random_set(size), 4, "cpu", torch.Generator() if training else None)
+    assert [len(labels) for _, labels in batches] == sizes
+    assert len(batches) == len(sizes)
+
+
+# Data sets
+
+
+def test_digits():
+    data = load_data("--data", "digits")
+    assert (len(data.train.labels), len(data.test.labels), data.num_classes) == (1500, 297, 10)
+    small = F.avg_pool2d(data.test.images.permute(0, 3, 1, 2).float(), 4)
+    from sklearn.datasets import load_digits
+
+    expected = torch.from_numpy(load_digits().images[1500:]).float() / 16 * 255
+    for image, original in zip(small.mean(1), expected):  # enlarged and reduced again: the same but for smoothing
+        assert torch.corrcoef(torch.stack((image.flatten(), original.flatten())))[0, 1] > 0.95
+
+
+def test_train_size_is_balanced(capsys):
+    data = load_data("--data", "digits", "--train-size", 105)
+    counts = data.train.labels.bincount().tolist()
+    assert sum(counts) == 105
+    assert {*counts} == {10, 11}
+    assert "146 images" in refused(capsys, "--data", "digits", "--train-size", 1500)
+
+
+def test_image_folder(image_folder):
+    data = load_data("--data", image_folder)
+    files = sorted((image_folder / "train").glob("*/*"))
+    assert (len(data.train.labels), len(data.test.labels), data.num_classes) == (20, 10, 2)
+    for i, file in enumerate(files):
+        assert np.array_equal(data.train.images[i, 4:36, 4:36], np.asarray(Image.open(file)))
+        assert data.train.labels[i] == int(file.parent.name == "class1")
+
+
+def copy_folder(image_folder, target):
+    for file in image_folder.glob("*/*/*"):
+        copy = target / file.relative_to(image_folder)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    return target
+
+
+def test_images_are_decoded_once_and_again_when_one_changes(image_folder, tmp_path, monkeypatch):
+    root = copy_folder(image_folder, tmp_path)
+    decoded = []
+    convert = utils.pil_to_tensor
+    monkeypatch.setattr(utils, "pil_to_tensor", lambda image: decoded.append(1) or convert(image))
+    first = load_data("--data", root)
+    assert len(decoded) == 30
+    second = load_data("--data", root)
+    assert len(decoded) == 30
+    assert torch.equal(first.train.images, second.train.images)
+    os.utime(next((root / "train").glob("*/*")), ns=(time.time_ns(), time.time_ns() + 10**9))
+    load_data("--data", root)
+    assert len(decoded) == 50
+    (root / "test.decoded.pt").write_bytes(b"damaged")
+    load_data("--data", root)
+    assert len(decoded) == 60
+
+
+@pytest.mark.parametrize("name", ["00.jpg", "01.png"])
+def test_a_truncated_image_is_named(image_folder, tmp_path, capsys, name):
+    file = next(copy_folder(image_folder, tmp_path).glob(f"train/*/{name}"))
+    file.write_bytes(file.read_bytes()[:-60])
+    assert str(file) in refused(capsys, "--data", tmp_path)
+    file.write_bytes(b"")
+    assert str(file) in refused(capsys, "--data", tmp_path)
+
+
+def test_folders_that_do_not_fit_are_refused(image_folder, tmp_path, capsys):
+    root = copy_folder(image_folder, tmp_path)
+    Image.new("RGB", (48, 40)).save(root / "test" / "class0" / "large.png")
+    assert "large.png has 48x40 pixels" in refused(capsys, "--data", root)
+    (root / "test" / "class0" / "large.png").unlink()
+    (root / "train" / "class1").rename(root / "train" / "other")
+    assert "['class1', 'other']" in refused(capsys, "--data", root)
+    (root / "test").rename(root / "validation")
+    assert f"{root}/test" in refused(capsys, "--data", root)
+    (root / "test").mkdir()
+    assert f"{root}/test" in refused(capsys, "--data", root)
+
+
+def test_cifar10_in_torchvisions_format(tmp_path, monkeypatch):
+    """Batches made here in the published layout (rows of 1024 red, 1024 green, 1024 blue values), checksums aside."""
+    monkeypatch.setattr(CIFAR10, "_check_integrity", lambda self: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    folder = tmp_path / CIFAR10.base_folder
+    folder.mkdir()
+    rows = np.random.default_rng(0).integers(256, size=(6, 2, 3072), dtype=np.uint8)
+    names = [name for name, _ in CIFAR10.train_list + CIFAR10.test_list]
+    for name, part in zip(names, rows):
+        (folder / name).write_bytes(pickle.dumps({"data": part, "labels": [3, 7]}))
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": [f"class{i}" for i in range(10)]}))
+    data = load_data("--data", tmp_path)
+    assert data.description == "CIFAR-10, 10 training and 2 test images of 10 classes"
+    assert data.train.labels.tolist() == [3, 7] * 5
+    assert data.test.labels.tolist() == [3, 7]
+    channels = rows.reshape(6, 2, 3, 32, 32).transpose(0, 1, 3, 4, 2)
+    assert np.array_equal(data.train.images[:, 4:36, 4:36], channels[:5].reshape(10, 32, 32, 3))
+    assert np.array_equal(data.test.images, channels[5])
+
+
+def test_a_failed_download_names_the_way_out(tmp_path, capsys, monkeypatch):
+    def no_network(*_, **__):
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr("torchvision.datasets.utils.urllib.request.urlopen", no_network)
+    message = refused(capsys, "--data", tmp_path / "data")
+    assert "Name or service not known" in message
+    assert "--data digits" in message
+
+
+# Meter and checkpoint
+
+
+def test_meter_equals_the_direct_mean():
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(50, 10, generator=generator), torch.randint(10, (50,), generator=generator)
+    meter = utils.Meter("cpu")
+    for _ in range(2):  # the second time: `read` has set it back
+        for x, y in zip(logits.split(16), labels.split(16)):
+            meter.update(F.cross_entropy(x, y), x, y)
+        loss, top1 = meter.read()
+        assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+        assert top1 == pytest.approx(100 * (logits.argmax(1) == labels).sum().item() / 50)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "checkpoint.pt"
+    utils.write(path, {"epoch": 1})
+
+    def half_a_save(state, file):
+        file.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", half_a_save)
+    with pytest.raises(KeyboardInterrupt):
+        utils.write(path, {"epoch": 2})
+    assert torch.load(path, weights_only=True) == {"epoch": 1}
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", "", str(2**63)])
+def test_at_least_refuses(text, capsys):
+    with pytest.raises(SystemExit) as stop:
+        arguments("--epochs", text)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
