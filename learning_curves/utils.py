@@ -5,6 +5,7 @@ to the byte: change one and spread it with `make utils FROM=<folder>`.
 """
 
 import argparse
+import ctypes
 import dataclasses
 import hashlib
 import json
@@ -26,6 +27,7 @@ from tqdm import tqdm
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of the CIFAR-10 training images
 SIDE, PADDING = 32, 4  # pixels
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 # Flags and mistakes
 
@@ -96,6 +98,11 @@ def setup(args):
     if args.threads:
         torch.set_num_threads(args.threads)
     torch.backends.cudnn.benchmark = True
+    if platform.libc_ver()[0] == "glibc":
+        # Keep freed memory: glibc gives large tensors back at once, and new ones cost a page fault for every 4 KiB.
+        libc = ctypes.CDLL(None)
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
     return torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
 
 

@@ -13,8 +13,11 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(1)
 COMMON_NAMES = ("dni", "models", "utils")  # modules that several folders have under one name
+
+
+def pytest_configure():
+    torch.set_num_threads(1)  # as the runs that are compared to the bit
 
 
 def load(folder, name):

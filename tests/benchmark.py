@@ -1,0 +1,240 @@
+"""Speed and memory of every script's training step, against this machine's own peak.
+
+    python tests/benchmark.py            # all rows, a few minutes
+    python tests/benchmark.py --rows DGL --threads 1
+
+A row is the median over passes of the script's own train_epoch, data preparation included, at batch 128. GFLOP/s counts
+convolutions and matrix products (torch.utils.flop_counter); its share is of the largest rate at which this machine
+multiplies float32 matrices, measured before and after every row. Peak memory is what three steps add to
+a fresh process that holds network and data (on a GPU: what the allocator's peak adds).
+
+A new script adds its rows to `rows`.
+"""
+
+import argparse
+import itertools
+import re
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import torchvision.transforms as T
+from conftest import load
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.flop_counter import FlopCounterMode
+
+BATCH, PASSES = 128, 5
+
+
+class Context:
+    """What the scripts' mains make, for one script: device, network, optimizers, random images."""
+
+    def __init__(self, folder, script, args, flags=()):
+        self.script, self.utils = load(folder, script), sys.modules["utils"]
+        flags = ["--batch-size", str(BATCH), *(["--no-cuda"] if args.no_cuda else []), *flags]
+        self.args = self.script.parse_args(flags)
+        self.device = self.utils.setup(self.args)
+        self.autocast = self.utils.autocast(self.args, self.device)
+        size = BATCH * args.batches
+        images, labels = torch.randint(256, (size, 32, 32, 3), dtype=torch.uint8), torch.arange(size) % 10
+        self.train = self.utils.Batches(images, labels, BATCH, self.device, torch.Generator())
+        self.test = self.utils.Batches(images, labels, 256, self.device)
+
+    def optimizer(self, *parts):
+        parameters = itertools.chain.from_iterable(part.parameters() for part in parts)
+        return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
+
+    def network(self, model):
+        """The network on the device, an optimizer and a scaler a module, and a meter a module."""
+        self.model = self.utils.prepare(model, self.args, self.device)
+        self.optimizers = [self.optimizer(*pair) for pair in zip(model.blocks, model.auxiliary_nets)]
+        self.scalers = [self.utils.grad_scaler(self.args, self.device) for _ in self.optimizers]
+        self.meters = [self.utils.Meter(self.device) for _ in self.optimizers]
+        return self
+
+
+class PILImages(Dataset):
+    """The same images as PIL images with torchvision's transforms, one at a time: the usual input pipeline."""
+
+    def __init__(self, images):
+        self.images = [Image.fromarray(image.numpy()) for image in images]
+        self.transform = T.Compose(
+            [
+                T.RandomCrop(32, padding=4),
+                T.RandomHorizontalFlip(),
+                T.ToTensor(),
+                T.Normalize((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+            ]
+        )
+
+    def __len__(self):
+        return len(self.images)
+
+    def __getitem__(self, i):
+        return self.transform(self.images[i]), i % 10
+
+
+def learning_curves(args):
+    c = Context("learning_curves", "cifar_dgl", args)
+    c.network(c.script.DGLNet(10))
+    everything = c.optimizer(*c.model.blocks, c.model.auxiliary_nets[-1])
+    sequential = load("learning_curves", "cifar_sequential_greedy")
+    last = len(c.optimizers) - 1
+
+    def dgl(batches=c.train):
+        c.script.train_epoch(c.model, c.optimizers, c.scalers, c.autocast, batches, c.meters)
+
+    def greedy(n):
+        sequential.train_epoch(c.model, n, c.optimizers[n], c.scalers[n], c.autocast, c.train, c.meters[n])
+
+    yield "DGL", dgl, lambda: c.script.evaluate(c.model, c.autocast, c.test)
+    for n in range(last + 1):
+        yield (
+            f"sequential greedy, layer {n + 1}",
+            lambda n=n: greedy(n),
+            lambda n=n: sequential.evaluate(c.model, n, c.autocast, c.test),
+        )
+
+    def step(optimizer, logits, labels):
+        optimizer.zero_grad()
+        F.cross_entropy(logits, labels).backward()
+        optimizer.step()
+
+    def backprop():
+        c.model.train()
+        for images, labels in c.train:
+            step(everything, c.model(images, last, upto=True)[0], labels)
+
+    yield "backprop", backprop, lambda: sequential.evaluate(c.model, last, c.autocast, c.test)
+
+    def parts_of_layer_4():
+        for images, labels in c.train:
+            with torch.no_grad():
+                x = images
+                for block in c.model.eval().blocks[:last]:
+                    x = block(x)
+            step(c.optimizers[last], c.model.train()(x, last)[0], labels)
+
+    yield "forward of layers 1-3 + DGL's step of layer 4", parts_of_layer_4, None
+    # Last, because it changes the memory format.
+    pil = PILImages(c.test.images.cpu())
+    loader = DataLoader(pil, BATCH, shuffle=True, num_workers=4, persistent_workers=True)
+
+    def usual():
+        c.model.to(memory_format=torch.contiguous_format)
+        dgl((x.to(c.device), y.to(c.device)) for x, y in loader)
+
+    yield "DGL, default layout, DataLoader with 4 workers and PIL", usual, None
+
+
+def rows(args):
+    """(name, one training pass, one evaluation pass or None) of every script, over --batches batches."""
+    yield from learning_curves(args)
+
+
+def seconds(work, device, passes=PASSES):
+    """Median time of `work`, after one call to warm up."""
+    times = []
+    for _ in range(passes + 1):
+        start = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times[1:])
+
+
+def matrix_product_rates(device):
+    """FLOP/s of a float32 product of two 2048x2048 matrices, best of 10: by torch.mm, and by a 1x1 convolution.
+
+    The first is the BLAS's rate, the second, the convolutions' library's, may be twice that (MKL on AMD processors).
+    """
+    matrix = torch.randn(2048, 2048, device=device)
+    image = matrix.view(1, 2048, 64, 32).to(memory_format=torch.channels_last)
+    weight = matrix.view(2048, 2048, 1, 1).to(memory_format=torch.channels_last)
+    works = (lambda: torch.mm(matrix, matrix)), (lambda: F.conv2d(image, weight))
+    return [2 * 2048**3 / min(seconds(work, device, 1) for _ in range(10)) for work in works]
+
+
+def memory_of(name, args):
+    """MiB that training steps add to a process with network and data, measured in a process of its own."""
+    command = [
+        sys.executable,
+        __file__,
+        "--memory-of",
+        name,
+        "--batches",
+        "3",
+        "--threads",
+        str(torch.get_num_threads()),
+    ]
+    command += ["--no-cuda"] if args.no_cuda else []
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def resident_peak(reset=False):
+    """Largest resident memory in KiB since the last reset (Linux; nan elsewhere)."""
+    try:
+        if reset:
+            Path("/proc/self/clear_refs").write_text("5")
+        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
+    except OSError:
+        return float("nan")
+
+
+def print_memory(args):
+    (train,) = (train for name, train, _ in rows(args) if name == args.memory_of)
+    if torch.cuda.is_available() and not args.no_cuda:
+        before = torch.cuda.memory_allocated()
+        train()
+        print((torch.cuda.max_memory_allocated() - before) / 2**20)
+    else:
+        matrix_product_rates(torch.device("cpu"))  # starts the threads and loads the libraries
+        before = resident_peak(reset=True)
+        train()
+        print((resident_peak() - before) / 2**10)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="", help="only the rows whose name begins so")
+    parser.add_argument("--batches", type=int, default=8, help="in a pass")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--no-cuda", action="store_true")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.memory_of:
+        return print_memory(args)
+    device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
+    peaks, table = [matrix_product_rates(device)], []
+    for name, train, evaluate in rows(args):
+        if name.startswith(args.rows):
+            images = BATCH * args.batches
+            with FlopCounterMode(display=False) as counter:
+                train()
+            rate = images / seconds(train, device)
+            test_rate = f"{images / seconds(evaluate, device):.0f}" if evaluate else "-"
+            peaks.append(matrix_product_rates(device))
+            table.append((name, rate, test_rate, counter.get_total_flops() / images, memory_of(name, args)))
+            print(f"{name}: {rate:.0f} images/s", file=sys.stderr)
+    mm, conv = (max(rates) for rates in zip(*peaks))
+    chip = torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+    print(f"\ntorch {torch.__version__}, {device.type} ({chip}), {torch.get_num_threads()} threads; float32 peak: ")
+    print(f"torch.mm {mm / 1e9:.0f} GFLOP/s, 1x1 convolution {conv / 1e9:.0f} GFLOP/s\n")
+    print("| | training images/s | test images/s | MFLOP/image | GFLOP/s | of torch.mm | of 1x1 conv | peak MiB |")
+    print("|---|---|---|---|---|---|---|---|")
+    for name, rate, test_rate, flops, memory in table:
+        speed = rate * flops
+        shares = f"{speed / 1e9:.0f} | {100 * speed / mm:.0f} % | {100 * speed / conv:.0f} %"
+        print(f"| {name} | {rate:.0f} | {test_rate} | {flops / 1e6:.0f} | {shares} | {memory:.0f} |")
+
+
+if __name__ == "__main__":
+    main()
