@@ -288,8 +288,10 @@ class Meter:
         self.count += len(labels)
 
     def read(self):
+        """(mean loss, top-1), and start anew."""
         loss, top1 = (self.sums / self.count).tolist()
-        self.__init__(self.sums.device)
+        self.sums.zero_()
+        self.count = 0
         return loss, 100 * top1
 
 
