@@ -26,7 +26,7 @@ lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff format --check
 
 utils:  # from the folder that has the new version: make utils FROM=learning_curves
-	for copy in $(filter-out $(FROM)/utils.py,$(COPIES)); do cp $(FROM)/utils.py $$copy; done
+	for copy in $(filter-out $(FROM:/=)/utils.py,$(COPIES)); do cp $(FROM:/=)/utils.py $$copy || exit 1; done
 
 .venv/complete: requirements.txt
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'

@@ -68,10 +68,7 @@ def main(argv=None):
     device = utils.setup(args)
     data = utils.load_data(args, device)
     model = utils.prepare(DGLNet(data.num_classes), args, device)
-    optimizers = [
-        torch.optim.SGD([*block.parameters(), *net.parameters()], lr=0.1, momentum=0.9, weight_decay=5e-4, fused=True)
-        for block, net in zip(model.blocks, model.auxiliary_nets)
-    ]
+    optimizers = [utils.sgd(parts, lr=0.1, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
     scalers = [utils.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)
     meter = utils.Meter(device)

@@ -12,14 +12,15 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
-import textwrap
 import time
 import zipfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+import torchvision
 from torch import nn
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.transforms.functional import pil_to_tensor
@@ -34,7 +35,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of mallopt(3)
 
 def fail(message):
     """End the program because of a user's mistake: one line on stderr, exit status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {textwrap.shorten(str(message), 500)}", file=sys.stderr)
+    print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).splitlines())}", file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -42,7 +43,7 @@ def at_least(minimum):
     """An argparse type: a whole number not below `minimum`."""
 
     def whole_number(text):
-        if not text.isdecimal() or not minimum <= int(text) < 2**63:
+        if not text.isdecimal() or not minimum <= int(text) < 2**31:
             raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
         return int(text)
 
@@ -91,7 +92,7 @@ def say_at_interrupt(message):
 
 def setup(args):
     """Seed torch, set its number of threads, and return the device to train on."""
-    say_at_interrupt("Interrupted before the end of the first epoch: nothing to resume.")
+    say_at_interrupt("Interrupted before this run finished an epoch.")
     if Path(args.name).name != args.name:
         fail(f"--name {args.name} becomes part of file names; choose the folder with --save_folder")
     torch.manual_seed(args.seed)
@@ -109,6 +110,8 @@ def setup(args):
 def prepare(model, args, device):
     """Move the model to the device in channels_last; with --compile, compile its parts (a ModuleList's one by one)."""
     if args.compile:
+        if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+            fail("--compile needs a C++ compiler, and g++ is not there: install it, or name another one in CXX")
         torch._dynamo.config.recompile_limit = 64  # of one nn.Sequential.forward, which all parts share
         for child in model.children():
             for part in child if isinstance(child, nn.ModuleList) else [child]:
@@ -120,6 +123,15 @@ def autocast(args, device):
     """The context for a forward pass in --precision."""
     dtype = torch.float16 if args.precision == "fp16" else torch.bfloat16
     return torch.autocast(device.type, dtype, enabled=args.precision != "fp32")
+
+
+def sgd(modules, lr, weight_decay):
+    """SGD with momentum 0.9 over the parameters of the modules, fused."""
+    parameters = [p for module in modules for p in module.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+    for p in parameters:  # torch leaves it uninitialised if fp16's loss scaling skips the first step
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 def grad_scaler(args, device):
@@ -196,6 +208,8 @@ def load_data(args, device):
         name, (train, test, num_classes) = "CIFAR-10", read_cifar10(root)
     if args.train_size:
         train = balanced(*train, args.train_size, num_classes)
+    if len(train[1]) < 2:
+        fail(f"{root} has one training image; at least two are needed")
     batches = Batches(*train, args.batch_size, device, torch.Generator().manual_seed(args.seed))
     description = f"{name}, {len(train[1])} training and {len(test[1])} test images of {num_classes} classes"
     return Data(batches, Batches(*test, args.test_batch_size, device), num_classes, description)
@@ -250,7 +264,7 @@ def decode(folder):
     for i, (path, _) in enumerate(tqdm(folder.samples, f"decoding {folder.root}", disable=None, leave=False)):
         try:
             image = pil_to_tensor(folder.loader(path))
-        except (OSError, SyntaxError, ValueError) as error:
+        except Exception as error:  # PIL's decoders raise all kinds
             fail(f"cannot read the image {path}: {error}")
         if image.shape[1:] != (SIDE, SIDE):
             fail(f"{path} has {image.shape[2]}x{image.shape[1]} pixels, not {SIDE}x{SIDE}")
@@ -266,9 +280,11 @@ def decode(folder):
 def balanced(images, labels, size, num_classes):
     """The first images of each class, `size` in all; the classes' numbers differ by at most one."""
     classes = [(labels == c).nonzero()[:, 0] for c in range(num_classes)]
+    if size < num_classes:
+        fail(f"--train-size {size} is less than one image for each of the {num_classes} classes")
     counts = [size // num_classes + (c < size % num_classes) for c in range(num_classes)]
     if any(len(index) < count for index, count in zip(classes, counts)):
-        fail(f"--train-size {size}: the smallest of the {num_classes} classes has {min(map(len, classes))} images")
+        fail(f"--train-size {size}: the smallest of the {num_classes} classes has only {min(map(len, classes))} images")
     index = torch.cat([index[:count] for index, count in zip(classes, counts)])
     return images[index], labels[index]
 
@@ -322,6 +338,10 @@ def load_state(part, state):
         part.load_state_dict(state)
 
 
+# Flags that may differ between a checkpoint and the run that resumes it.
+MAY_DIFFER = {"compile", "data", "epochs", "no_cuda", "resume", "save_folder", "test_batch_size", "threads"}
+
+
 class Run:
     """Log and checkpoint of a training run, or, with --resume, of its continuation.
 
@@ -337,7 +357,8 @@ class Run:
 
     def __init__(self, args, data, fixed=(), **parts):
         self.args, self.data, self.parts, self.epoch, self.text = args, data, parts, 0, ""
-        self.may_differ = {"data", "epochs", "save_folder", "resume", "no_cuda", "threads", "compile"}.difference(fixed)
+        self.last_checkpoint = None
+        self.may_differ = MAY_DIFFER.difference(fixed)
         auto = args.resume == "auto"
         folder = Path(args.save_folder or ("." if auto or not args.resume else Path(args.resume).parent))
         stem = "_".join(filter(None, (args.script, args.name)))
@@ -345,7 +366,8 @@ class Run:
         log = folder / f"{time.strftime('%Y%m%d-%H%M%S')}_{stem}.log"
         if args.resume and not (auto and not self.checkpoint.exists()):
             log = folder / self.load(self.checkpoint if auto else Path(args.resume))
-            if log.exists() and not log.read_text().startswith(self.text):
+            begin, old = self.text.encode(), log.read_bytes() if log.exists() else b""
+            if not old.startswith(begin) and not begin.startswith(old):
                 fail(f"{log} is not the log of the checkpoint any more: move it away, then resume")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -354,35 +376,40 @@ class Run:
             fail(f"cannot write the log to --save_folder: {error}")
         self.file.write(self.text)
         self.file.flush()
-        print(f"log: {log}\ncheckpoint: {self.checkpoint}")
+        replaces = " (instead of an earlier run's)" if not self.epoch and self.checkpoint.exists() else ""
+        print(f"log: {log}\ncheckpoint: {self.checkpoint}{replaces}")
         if not self.epoch:
             device, model = data.train.device, parts["model"]
             chip = torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-            versions = f"Python {platform.python_version()}, torch {torch.__version__}"
+            versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+            system = f"Python {platform.python_version()}, {versions}, {platform.system()} {platform.machine()}"
             self.log(f"arguments: {json.dumps(vars(args))}")
-            self.log(f"environment: {versions}, {device.type} ({chip}), {torch.get_num_threads()} threads")
+            self.log(f"environment: {system}, {device.type} ({chip}), {torch.get_num_threads()} threads")
             self.log(f"data: {data.description}")
-            self.log(f"model: {sum(p.numel() for p in model.parameters()):,} parameters, {model}")
+            self.log(f"model, {sum(p.numel() for p in model.parameters()):,} parameters: {model}")
 
     def log(self, line):
         """Write a line to the log, at once, and to standard output."""
         self.text += f"{line}\n"
         self.file.write(f"{line}\n")
         self.file.flush()
-        print(line, flush=True)
+        try:
+            print(line, flush=True)
+        except BrokenPipeError:  # whoever read the output has gone; the log goes on
+            sys.stdout = None
 
     def log_epoch(self, n, epoch, meter, test_top1):
         """Log the published line of module n, and empty its meter; a loss that is not finite ends the program."""
         loss, top1 = meter.read()
         if not math.isfinite(loss):
-            last = f"the last checkpoint is {self.checkpoint}" if self.epoch else "there is no checkpoint yet"
-            raise SystemExit(f"Epoch {epoch}, module {n}: the loss is {loss}; {last}.")
+            last = self.last_checkpoint or "none yet"
+            raise SystemExit(f"Epoch {epoch}, module {n}: the loss is {loss}; the last checkpoint: {last}")
         self.log(f"n: {n}, epoch {epoch}, loss: {loss:.5f}, train top1:{top1:.3f} test top1:{test_top1:.2f}")
 
     def epochs(self, last):
         """The epochs still to do, counted from 1; after each, the checkpoint is written."""
         if self.epoch >= last:
-            print(f"{self.checkpoint} has all {last} epochs: nothing to do")
+            print(f"{self.last_checkpoint} is at the end of the last epoch: nothing to do")
         for epoch in range(self.epoch + 1, last + 1):
             yield epoch
             self.epoch = epoch
@@ -397,31 +424,35 @@ class Run:
                 "parts": {name: state_of(part) for name, part in self.parts.items()},
             }
             write(self.checkpoint, state)
-            say_at_interrupt(f"Interrupted; --resume {self.checkpoint} goes on after epoch {epoch}.")
+            self.last_checkpoint = self.checkpoint
+            say_at_interrupt(f"Interrupted; go on from the last finished epoch with --resume {self.checkpoint}")
 
     def load(self, path):
         """Set everything to a checkpoint's state and return its log's name; one of another run ends the program."""
         try:
-            state = read(path)
-            was, now = state["arguments"], vars(self.args)
+            state = dict(read(path))
+            was, now = dict(state["arguments"]), vars(self.args)
+            script, description, parts, generator = was["script"], state["data"], state["parts"], state["generator"]
+            rng, self.epoch, self.text, log_name = state["rng"], state["epoch"], state["log"], state["log_name"]
         except FileNotFoundError:
             fail(f"there is no checkpoint {path}")
         except Exception as error:
             fail(f"{path} is damaged, or not a checkpoint of these scripts ({type(error).__name__})")
-        if was["script"] != now["script"]:
-            fail(f"{path} is a checkpoint of {was['script']}.py")
+        if script != now["script"]:
+            fail(f"{path} is a checkpoint of {script}.py")
         for flag in sorted((was.keys() | now.keys()) - self.may_differ):
             if was.get(flag) != now.get(flag):
-                fail(f"{path} was made with {flag} {was.get(flag)!r}; in this run it is {now.get(flag)!r}")
-        if state["data"] != self.data.description:
-            fail(f"{path} was trained on {state['data']}; --data and --train-size give {self.data.description}")
+                name = f"--{flag.replace('_', '-')}"
+                fail(f"{path} was made with {name} {was.get(flag)!r}; in this run it is {now.get(flag)!r}")
+        if description != self.data.description:
+            fail(f"{path} was trained on {description}; --data and --train-size give {self.data.description}")
         try:
             for name, part in self.parts.items():
-                load_state(part, state["parts"][name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            fail(f"{path} is a checkpoint of another network: {error}")
-        self.data.train.generator.set_state(state["generator"])
-        torch.set_rng_state(state["rng"])
-        self.epoch, self.text = state["epoch"], state["log"]
-        say_at_interrupt(f"Interrupted; --resume {path} goes on after epoch {self.epoch}.")
-        return state["log_name"]
+                load_state(part, parts[name])
+            self.data.train.generator.set_state(generator)
+            torch.set_rng_state(rng)
+        except Exception as error:  # torch's checks raise all kinds
+            fail(f"{path} is a checkpoint of another network: {str(error)[:300]}")
+        self.last_checkpoint = path
+        say_at_interrupt(f"Interrupted; go on from the last finished epoch with --resume {path}")
+        return log_name

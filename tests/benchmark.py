@@ -5,20 +5,17 @@
 
 A row is the median over passes of the script's own train_epoch, data preparation included, at batch 128. GFLOP/s counts
 convolutions and matrix products (torch.utils.flop_counter); its share is of the largest rate at which this machine
-multiplies float32 matrices, measured before and after every row. Peak memory is what three steps add to
-a fresh process that holds network and data (on a GPU: what the allocator's peak adds).
+multiplies float32 matrices, measured before and after every row. Peak memory is the most that a
+training pass has allocated at a time beyond network, optimizer and data (on a CPU as torch.profiler counts it).
 
 A new script adds its rows to `rows`.
 """
 
 import argparse
 import itertools
-import re
 import statistics
-import subprocess
 import sys
 import time
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -45,14 +42,10 @@ class Context:
         self.train = self.utils.Batches(images, labels, BATCH, self.device, torch.Generator())
         self.test = self.utils.Batches(images, labels, 256, self.device)
 
-    def optimizer(self, *parts):
-        parameters = itertools.chain.from_iterable(part.parameters() for part in parts)
-        return torch.optim.SGD(parameters, lr=0.01, momentum=0.9, weight_decay=5e-4, fused=True)
-
     def network(self, model):
         """The network on the device, an optimizer and a scaler a module, and a meter a module."""
         self.model = self.utils.prepare(model, self.args, self.device)
-        self.optimizers = [self.optimizer(*pair) for pair in zip(model.blocks, model.auxiliary_nets)]
+        self.optimizers = [self.utils.sgd(parts, 0.01, 5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
         self.scalers = [self.utils.grad_scaler(self.args, self.device) for _ in self.optimizers]
         self.meters = [self.utils.Meter(self.device) for _ in self.optimizers]
         return self
@@ -82,7 +75,7 @@ class PILImages(Dataset):
 def learning_curves(args):
     c = Context("learning_curves", "cifar_dgl", args)
     c.network(c.script.DGLNet(10))
-    everything = c.optimizer(*c.model.blocks, c.model.auxiliary_nets[-1])
+    everything = c.utils.sgd([*c.model.blocks, c.model.auxiliary_nets[-1]], 0.01, 5e-4)
     sequential = load("learning_curves", "cifar_sequential_greedy")
     last = len(c.optimizers) - 1
 
@@ -110,7 +103,11 @@ def learning_curves(args):
         for images, labels in c.train:
             step(everything, c.model(images, last, upto=True)[0], labels)
 
-    yield "backprop", backprop, lambda: sequential.evaluate(c.model, last, c.autocast, c.test)
+    yield (
+        "backprop, last auxiliary network only",
+        backprop,
+        lambda: sequential.evaluate(c.model, last, c.autocast, c.test),
+    )
 
     def parts_of_layer_4():
         for images, labels in c.train:
@@ -122,11 +119,11 @@ def learning_curves(args):
 
     yield "forward of layers 1-3 + DGL's step of layer 4", parts_of_layer_4, None
     # Last, because it changes the memory format.
+    c.model.to(memory_format=torch.contiguous_format)
     pil = PILImages(c.test.images.cpu())
     loader = DataLoader(pil, BATCH, shuffle=True, num_workers=4, persistent_workers=True)
 
     def usual():
-        c.model.to(memory_format=torch.contiguous_format)
         dgl((x.to(c.device), y.to(c.device)) for x, y in loader)
 
     yield "DGL, default layout, DataLoader with 4 workers and PIL", usual, None
@@ -161,43 +158,18 @@ def matrix_product_rates(device):
     return [2 * 2048**3 / min(seconds(work, device, 1) for _ in range(10)) for work in works]
 
 
-def memory_of(name, args):
-    """MiB that training steps add to a process with network and data, measured in a process of its own."""
-    command = [
-        sys.executable,
-        __file__,
-        "--memory-of",
-        name,
-        "--batches",
-        "3",
-        "--threads",
-        str(torch.get_num_threads()),
-    ]
-    command += ["--no-cuda"] if args.no_cuda else []
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
-
-
-def resident_peak(reset=False):
-    """Largest resident memory in KiB since the last reset (Linux; nan elsewhere)."""
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        return int(re.search(r"VmHWM:\s*(\d+)", Path("/proc/self/status").read_text())[1])
-    except OSError:
-        return float("nan")
-
-
-def print_memory(args):
-    (train,) = (train for name, train, _ in rows(args) if name == args.memory_of)
-    if torch.cuda.is_available() and not args.no_cuda:
+def peak_memory(work, device):
+    """The most that `work` has allocated at a time, in MiB."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        train()
-        print((torch.cuda.max_memory_allocated() - before) / 2**20)
-    else:
-        matrix_product_rates(torch.device("cpu"))  # starts the threads and loads the libraries
-        before = resident_peak(reset=True)
-        train()
-        print((resident_peak() - before) / 2**10)
+        work()
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        work()
+    events = (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+    sizes = (size for _, size in sorted((e.start_ns(), e.nbytes()) for e in events))  # negative: freed
+    return max(itertools.accumulate(sizes)) / 2**20
 
 
 def main():
@@ -206,12 +178,9 @@ def main():
     parser.add_argument("--batches", type=int, default=8, help="in a pass")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--no-cuda", action="store_true")
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.memory_of:
-        return print_memory(args)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     peaks, table = [matrix_product_rates(device)], []
     for name, train, evaluate in rows(args):
@@ -222,7 +191,7 @@ def main():
             rate = images / seconds(train, device)
             test_rate = f"{images / seconds(evaluate, device):.0f}" if evaluate else "-"
             peaks.append(matrix_product_rates(device))
-            table.append((name, rate, test_rate, counter.get_total_flops() / images, memory_of(name, args)))
+            table.append((name, rate, test_rate, counter.get_total_flops() / images, peak_memory(train, device)))
             print(f"{name}: {rate:.0f} images/s", file=sys.stderr)
     mm, conv = (max(rates) for rates in zip(*peaks))
     chip = torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()

@@ -129,7 +129,7 @@ def test_log(script, whole_run):
     assert arguments["train_size"] == 40
     assert environment.startswith("environment: Python 3.")
     assert data == "data: digits, 40 training and 297 test images of 10 classes"
-    assert re.match(r"model: [\d,]+ parameters, \w+", model)
+    assert re.match(r"model, [\d,]+ parameters: \w+", model)
     epochs = [[float(x) for x in match.groups()] for line in lines[1:] if (match := EPOCH_LINE.fullmatch(line))]
     assert {epoch for _, epoch, *_ in epochs} == {1, 2, 3}
     assert len(epochs) % 3 == 0
@@ -153,11 +153,12 @@ def test_interrupted_killed_and_resumed_equals_never_stopped(script, whole_run, 
     assert "Traceback" not in stopped.stderr
     (checkpoint,) = tmp_path.glob("*.pt")
     assert f"--resume {checkpoint.name}" in stopped.stderr
+    next(tmp_path.glob("*.log")).open("a").write("n: 1, ep")  # as if in the middle of a line
     epoch = checkpoint_of(tmp_path)["epoch"]
     run_until(signal.SIGKILL, third, script, "--resume", "auto", cwd=tmp_path)
     assert 0 < epoch < checkpoint_of(tmp_path)["epoch"] < checkpoint_of(whole_run(script))["epoch"]
     (log,) = tmp_path.glob("*.log")
-    log.write_text(log.read_text() + "n: 1, ep")  # killed in the middle of a line
+    log.write_text(log.read_text()[:100])  # killed while it was being restored
     assert run(script, *SCRIPTS[script], "--resume", "auto", cwd=tmp_path)[0] == 0
     assert_same_run(tmp_path, whole_run(script))
     assert "nothing to do" in run(script, *SCRIPTS[script], "--resume", "auto", cwd=tmp_path)[1]
@@ -181,7 +182,7 @@ def test_resume_of_a_file_goes_on_in_its_folder_and_brings_the_log_back(script, 
         status, _, message = run(script, *SCRIPTS[script], "--save_folder", runs, cwd=tmp_path)
     (checkpoint,) = runs.glob("*.pt")
     assert status == 1
-    assert re.fullmatch(rf"Epoch \d, module \d: the loss is nan; the last checkpoint is {checkpoint}.\n", message)
+    assert re.fullmatch(rf"Epoch \d, module \d: the loss is nan; the last checkpoint: {checkpoint}\n", message)
     next(runs.glob("*.log")).unlink()
     assert run(script, *SCRIPTS[script], "--resume", checkpoint, cwd=tmp_path)[0] == 0
     assert_same_run(runs, whole_run(script))
@@ -238,10 +239,14 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_left_as_it_was(script, wh
         ("empty", b"", [], "damaged"),
         ("text", b"n: 1, epoch 1", [], "damaged"),
         ("foreign", {"state_dict": model}, [], "not a checkpoint of these scripts"),
+        ("half", {k: v for k, v in network.items() if k != "generator"}, [], "not a checkpoint of these scripts"),
+        ("parts", {**network, "parts": {"model": [1]}}, [], "another network"),
+        ("tensor", torch.zeros(3), [], "not a checkpoint of these scripts"),
         ("other", other, [], "a checkpoint of another.py"),
         ("network", network, [], "another network"),
-        ("flags", content, ["--batch-size", 20], "batch_size 16"),
-        ("data", content, ["--data", "digits", "--train-size", 50], "train_size 40"),
+        ("digest", {**network, "data": "other images"}, [], "trained on other images"),
+        ("flags", content, ["--batch-size", 20], "--batch-size 16"),
+        ("data", content, ["--data", "digits", "--train-size", 50], "--train-size 40"),
     ]:
         path = tmp_path / f"{case}.pt"
         path.write_bytes(state) if isinstance(state, bytes) else torch.save(state, path)

@@ -119,6 +119,7 @@ def test_train_size_is_balanced(capsys):
     assert sum(counts) == 105
     assert {*counts} == {10, 11}
     assert "146 images" in refused(capsys, "--data", "digits", "--train-size", 1500)
+    assert "10 classes" in refused(capsys, "--data", "digits", "--train-size", 9)
 
 
 def test_image_folder(image_folder):
@@ -237,7 +238,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     assert torch.load(path, weights_only=True) == {"epoch": 1}
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", "", str(2**63)])
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", "", str(2**31)])
 def test_at_least_refuses(text, capsys):
     with pytest.raises(SystemExit) as stop:
         arguments("--epochs", text)
