@@ -339,7 +339,17 @@ def load_state(part, state):
 
 
 # Flags that may differ between a checkpoint and the run that resumes it.
-MAY_DIFFER = {"compile", "data", "epochs", "no_cuda", "resume", "save_folder", "test_batch_size", "threads"}
+MAY_DIFFER = {
+    "compile",
+    "data",
+    "epochs",
+    "log_interval",
+    "no_cuda",
+    "resume",
+    "save_folder",
+    "test_batch_size",
+    "threads",
+}
 
 
 class Run:

@@ -129,9 +129,35 @@ def learning_curves(args):
     yield "DGL, default layout, DataLoader with 4 workers and PIL", usual, None
 
 
+def dni_comparisons(args):
+    for name, flags in (("backprop", []), ("DNI", ["--dni"]), ("cDNI", ["--dni", "--context"])):
+        c = Context("dni_comparisons", "cifar_cnn_dni", args, flags)
+        c.model = c.utils.prepare(c.script.CNN(10, c.args.dni, c.args.context), c.args, c.device)
+        parts = c.script.make_optimizer(c.model, c.args.sgd), c.utils.grad_scaler(c.args, c.device), c.autocast
+        meter, context_dim = c.utils.Meter(c.device), 10 if c.args.context else None
+        yield (
+            f"dni_comparisons: {name}",
+            lambda c=c, parts=parts, meter=meter, n=context_dim: c.script.train_epoch(
+                c.model, *parts, c.train, meter, n
+            ),
+            lambda c=c: c.script.evaluate(c.model, c.autocast, c.test),
+        )
+    c = Context("dni_comparisons", "cifar_dgl", args)
+    c.model = c.utils.prepare(c.script.DGLNet(10), c.args, c.device)
+    modules = list(zip(c.model.blocks, c.model.auxiliary_nets))
+    optimizers = [c.script.make_optimizer(*module) for module in modules]
+    scalers, meter = [c.utils.grad_scaler(c.args, c.device) for _ in modules], c.utils.Meter(c.device)
+    yield (
+        "dni_comparisons: DGL",
+        lambda: c.script.train_epoch(c.model, optimizers, scalers, c.autocast, c.train, meter),
+        lambda: c.script.evaluate(c.model, c.autocast, c.test),
+    )
+
+
 def rows(args):
     """(name, one training pass, one evaluation pass or None) of every script, over --batches batches."""
     yield from learning_curves(args)
+    yield from dni_comparisons(args)
 
 
 def seconds(work, device, passes=PASSES):

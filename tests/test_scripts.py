@@ -17,6 +17,8 @@ from conftest import ROOT, load, run
 # Each script with flags for a run of several quick epochs on the digits.
 QUICK = ["--data", "digits", "--train-size", 40, "--batch-size", 16, "--threads", 1, "--epochs", 3]
 SCRIPTS = {
+    "dni_comparisons/cifar_cnn_dni.py": [*QUICK, "--dni", "--context"],
+    "dni_comparisons/cifar_dgl.py": QUICK,
     "learning_curves/cifar_dgl.py": QUICK,
     "learning_curves/cifar_sequential_greedy.py": QUICK,
 }

@@ -1,0 +1,97 @@
+"""Backprop, DNI and cDNI on CIFAR-10 (Section 5.1, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
+
+The CNN of the DNI paper (Jaderberg et al. 2017, arXiv 1608.05343), trained end to end, or with a decoupled neural
+interface behind each of its three blocks, whose synthetic gradients may be conditioned on the labels (cDNI).
+cifar_dgl.py trains the same network by DGL; analyze_dni_compare.ipynb compares the four.
+
+    python cifar_cnn_dni.py                    # backprop on CIFAR-10, downloaded to ./data if missing; 2000 epochs
+    python cifar_cnn_dni.py --dni              # synthetic gradients
+    python cifar_cnn_dni.py --dni --context    # synthetic gradients that know the labels
+    python cifar_cnn_dni.py --data digits      # handwritten digits, no download
+
+Writes a log with a line an epoch, and a checkpoint to --resume from.
+"""
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import dni
+import utils
+from models import CNN, one_hot
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(__file__, __doc__)
+    add = parser.add_argument
+    add("--batch-size", type=utils.at_least(2), default=256, help="images in a training batch")
+    add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
+    add("--epochs", type=utils.at_least(1), default=2000, help="passes over the training set")
+    add("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
+    add("--log-interval", type=utils.at_least(0), default=0, help="batches between losses printed; 0: none")
+    add("--dni", action="store_true", help="an interface with synthetic gradients behind each block")
+    add("--context", action="store_true", help="with --dni: condition synthetic gradients on the labels (cDNI)")
+    add("--sgd", action="store_true", help="SGD 0.01, momentum 0.9, weight decay 1e-5 instead of Adam 3e-5")
+    args = parser.parse_args(argv)
+    if args.context and not args.dni:
+        parser.error("--context conditions synthetic gradients: it needs --dni")
+    if args.dni and args.precision == "fp16":
+        # A scaler multiplies real gradients by a factor that changes; synthesizers would have to follow it.
+        parser.error("--precision fp16 needs loss scaling, which synthetic gradients do not know: use bf16 with --dni")
+    return args
+
+
+def make_optimizer(model, sgd):
+    """One optimizer for everything, synthesizers included."""
+    if sgd:
+        return utils.sgd([model], lr=0.01, weight_decay=1e-5)
+    return torch.optim.Adam(model.parameters(), lr=3e-5, fused=True)
+
+
+def train_epoch(model, optimizer, scaler, autocast, batches, meter, context_dim=None, log_interval=0):
+    """One epoch of backprop or, if the model has interfaces, of DNI; `context_dim`: classes, for cDNI."""
+    model.train()
+    for i, (images, labels) in enumerate(tqdm(batches, disable=None, leave=False), start=1):
+        optimizer.zero_grad()
+        context = one_hot(labels, context_dim) if context_dim else None
+        with autocast, dni.synthesizer_context(context):
+            logits = model(images)  # an interface sends its synthetic gradient back as soon as its block is done
+            loss = F.cross_entropy(logits, labels)
+        scaler.scale(loss).backward()  # with interfaces: down to the last one, whose synthesizer learns from it
+        scaler.step(optimizer)
+        scaler.update()
+        meter.update(loss, logits, labels)
+        if log_interval and i % log_interval == 0:
+            print(f"batch {i} of {len(batches)}, loss: {loss.item():.5f}")
+
+
+@torch.no_grad()
+def evaluate(model, autocast, batches):
+    """Top-1 accuracy in %."""
+    model.eval()
+    correct = torch.zeros((), device=batches.device)
+    for images, labels in batches:
+        with autocast:
+            logits = model(images)
+        correct += (logits.argmax(1) == labels).sum()
+    return (100 * correct / len(batches.labels)).item()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = utils.setup(args)
+    data = utils.load_data(args, device)
+    model = utils.prepare(CNN(data.num_classes, args.dni, args.context), args, device)
+    optimizer = make_optimizer(model, args.sgd)
+    scaler = utils.grad_scaler(args, device)
+    autocast = utils.autocast(args, device)
+    meter = utils.Meter(device)
+    context_dim = data.num_classes if args.context else None
+    run = utils.Run(args, data, model=model, optimizer=optimizer, scaler=scaler)
+    for epoch in run.epochs(args.epochs):
+        train_epoch(model, optimizer, scaler, autocast, data.train, meter, context_dim, args.log_interval)
+        run.log_epoch(3, epoch, meter, evaluate(model, autocast, data.test))
+
+
+if __name__ == "__main__":
+    main()

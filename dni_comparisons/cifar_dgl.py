@@ -1,0 +1,83 @@
+"""DGL on the DNI paper's CNN (Section 5.1, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
+
+The three blocks of cifar_cnn_dni.py's network, each a module with an auxiliary network and a loss of its own, are
+trained at the same time: synchronous DGL, Algorithm 1. analyze_dni_compare.ipynb compares it with backprop and DNI.
+
+    python cifar_dgl.py                  # CIFAR-10, downloaded to ./data if missing; 1500 epochs
+    python cifar_dgl.py --data digits    # handwritten digits, no download
+
+Writes a log with a line an epoch (of the last module: the whole network), and a checkpoint to --resume from.
+"""
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import utils
+from models import DGLNet
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(__file__, __doc__)
+    add = parser.add_argument
+    add("--batch-size", type=utils.at_least(2), default=256, help="images in a training batch")
+    add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
+    add("--epochs", type=utils.at_least(1), default=1500, help="passes over the training set")
+    add("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
+    add("--log-interval", type=utils.at_least(0), default=0, help="batches between losses printed; 0: none")
+    return parser.parse_args(argv)
+
+
+def make_optimizer(block, net):
+    """A module's own."""
+    return torch.optim.Adam([*block.parameters(), *net.parameters()], lr=3e-5, fused=True)
+
+
+def train_epoch(model, optimizers, scalers, autocast, batches, meter, log_interval=0):
+    """One epoch of synchronous DGL (Algorithm 1): a module updates before the next one sees the batch."""
+    model.train()
+    for i, (images, labels) in enumerate(tqdm(batches, disable=None, leave=False), start=1):
+        x = images
+        for n, (optimizer, scaler) in enumerate(zip(optimizers, scalers)):
+            with autocast:
+                logits, representation = model(x, n)
+                loss = F.cross_entropy(logits, labels)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
+            scaler.step(optimizer)
+            scaler.update()
+            x = representation.detach()  # update unlocking: nothing flows back across modules
+        meter.update(loss, logits, labels)  # the last module's
+        if log_interval and i % log_interval == 0:
+            print(f"batch {i} of {len(batches)}, loss: {loss.item():.5f}")
+
+
+@torch.no_grad()
+def evaluate(model, autocast, batches):
+    """Top-1 accuracy in % of the whole network: the last module's."""
+    model.eval()
+    correct = torch.zeros((), device=batches.device)
+    for images, labels in batches:
+        with autocast:
+            logits, _ = model(images, len(model.blocks) - 1, upto=True)
+        correct += (logits.argmax(1) == labels).sum()
+    return (100 * correct / len(batches.labels)).item()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = utils.setup(args)
+    data = utils.load_data(args, device)
+    model = utils.prepare(DGLNet(data.num_classes), args, device)
+    optimizers = [make_optimizer(*module) for module in zip(model.blocks, model.auxiliary_nets)]
+    scalers = [utils.grad_scaler(args, device) for _ in optimizers]
+    autocast = utils.autocast(args, device)
+    meter = utils.Meter(device)
+    run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers)
+    for epoch in run.epochs(args.epochs):
+        train_epoch(model, optimizers, scalers, autocast, data.train, meter, args.log_interval)
+        run.log_epoch(len(model.blocks), epoch, meter, evaluate(model, autocast, data.test))
+
+
+if __name__ == "__main__":
+    main()

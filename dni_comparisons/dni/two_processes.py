@@ -1,0 +1,95 @@
+"""A complete unlock across two processes: each trains its part of a network, without waiting for the other's.
+
+    torchrun --standalone --nproc_per_node=2 two_processes.py    # --help shows the flags
+
+Process 0 has part A, images -> message, process 1 part B, message -> logits. Both have a copy of the interface:
+process 0 trains its forward synthesizer, on the real messages, process 1 its backward synthesizer, on the real
+gradients. Only every `--every` steps they exchange what they have learned; no step waits for a message. Classifies
+scikit-learn's 8x8 digits; process 1 prints the test accuracy on real messages.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from sklearn.datasets import load_digits
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the folder that the package dni is in
+import dni
+
+WIDTH = 64  # of the message
+PART_A, PART_B = 0, 1  # ranks
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=3000, help="of each process (default: %(default)s)")
+    parser.add_argument("--every", type=int, default=10, help="steps between exchanges (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def synchronise(interface):
+    """Give each synthesizer's weights from the process that trains it to the other one."""
+    for part, source in ((interface.forward_interface, PART_A), (interface.backward_interface, PART_B)):
+        for parameter in part.parameters():
+            dist.broadcast(parameter.data, source)
+
+
+def train_a(part, interface, optimizer, x):
+    """A step of part A on its own: no activation leaves the process, no gradient comes in."""
+    optimizer.zero_grad()
+    interface.send(part(x), x)
+    optimizer.step()
+
+
+def train_b(part, interface, optimizer, x, labels):
+    """A step of part B on its own, from synthetic messages."""
+    optimizer.zero_grad()
+    F.cross_entropy(part(interface.receive(x)), labels, reduction="sum").backward()
+    optimizer.step()
+
+
+@torch.no_grad()
+def evaluate(part, rank, x, labels):
+    """Part A sends its real messages; part B classifies them and prints its accuracy."""
+    message = part(x) if rank == PART_A else torch.empty(len(x), WIDTH)
+    dist.broadcast(message, PART_A)
+    if rank == PART_B:
+        top1 = (part(message).argmax(1) == labels).float().mean().item()
+        print(f"test top1: {100 * top1:.2f}")
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    digits = load_digits()
+    images, labels = torch.from_numpy(digits.data).float() / 16, torch.from_numpy(digits.target)
+    torch.manual_seed(0)
+    part_a = nn.Sequential(nn.Linear(64, WIDTH), nn.ReLU())
+    part_b = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, 10))
+    interface = dni.BidirectionalInterface(
+        dni.BasicSynthesizer(WIDTH, n_hidden=1, hidden_dim=128, trigger_dim=64),
+        dni.BasicSynthesizer(WIDTH, n_hidden=1, hidden_dim=128, context_dim=10),
+    )
+    synchronise(interface)
+    part = part_a if rank == PART_A else part_b
+    mine = interface.forward_interface if rank == PART_A else interface.backward_interface
+    optimizer = torch.optim.Adam([*part.parameters(), *mine.parameters()], lr=2e-3)
+    for step in range(args.steps):
+        index = torch.randint(1500, (64,))
+        x, y = images[index], labels[index]
+        with dni.synthesizer_context(F.one_hot(y, 10).float()):  # the forward synthesizer does not use it
+            train_a(part, interface, optimizer, x) if rank == PART_A else train_b(part, interface, optimizer, x, y)
+        if (step + 1) % args.every == 0:
+            synchronise(interface)
+    evaluate(part, rank, images[1500:], labels[1500:])
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
