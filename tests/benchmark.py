@@ -43,12 +43,11 @@ class Context:
         self.test = self.utils.Batches(images, labels, 256, self.device)
 
     def network(self, model):
-        """The network on the device, an optimizer and a scaler a module, and a meter a module."""
+        """Put the network on the device and make an optimizer, a scaler and a meter for each module."""
         self.model = self.utils.prepare(model, self.args, self.device)
         self.optimizers = [self.utils.sgd(parts, 0.01, 5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
         self.scalers = [self.utils.grad_scaler(self.args, self.device) for _ in self.optimizers]
         self.meters = [self.utils.Meter(self.device) for _ in self.optimizers]
-        return self
 
 
 class PILImages(Dataset):
