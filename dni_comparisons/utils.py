@@ -51,18 +51,23 @@ def at_least(minimum):
 
 
 class ArgumentParser(argparse.ArgumentParser):
-    """argparse with the flags of all scripts; `file` and `doc` are the script's `__file__` and `__doc__`."""
+    """argparse with the flags of all scripts; `file` and `doc` are the script's `__file__` and `__doc__`.
+
+    `data=False`: without --data and --train-size, for a script that has its own way to name its data.
+    """
 
     class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
         def _get_help_string(self, action):
-            return action.help if action.default in (None, False, "") else super()._get_help_string(action)
+            hidden = action.default in (None, "") or action.default is False  # 0 is shown
+            return action.help if hidden else super()._get_help_string(action)
 
-    def __init__(self, file, doc):
+    def __init__(self, file, doc, data=True):
         super().__init__(prog=Path(file).name, description=doc, formatter_class=self.Formatter)
         self.set_defaults(script=Path(file).stem)
         add = self.add_argument_group("flags of all scripts").add_argument
-        add("--data", default="./data", help="CIFAR-10 (downloaded if missing), an image-folder tree, or: digits")
-        add("--train-size", type=at_least(2), help="train on so many images, as many of each class")
+        if data:
+            add("--data", default="./data", help="CIFAR-10 (downloaded if missing), an image-folder tree, or: digits")
+            add("--train-size", type=at_least(2), help="train on so many images, as many of each class")
         add("--name", default="", help="becomes part of the names of log and checkpoint")
         add("--save_folder", help="for log and checkpoint (default: the current or the resumed checkpoint's)")
         add("--resume", metavar="CHECKPOINT", help="go on from it; auto: from the last one, if there is one")
@@ -125,10 +130,10 @@ def autocast(args, device):
     return torch.autocast(device.type, dtype, enabled=args.precision != "fp32")
 
 
-def sgd(modules, lr, weight_decay):
-    """SGD with momentum 0.9 over the parameters of the modules, fused."""
+def sgd(modules, lr, weight_decay, nesterov=False, momentum=0.9):
+    """SGD with momentum over the parameters of the modules, fused."""
     parameters = [p for module in modules for p in module.parameters()]
-    optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=weight_decay, fused=True)
+    optimizer = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, nesterov=nesterov, fused=True)
     for p in parameters:  # torch leaves it uninitialised if fp16's loss scaling skips the first step
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
@@ -155,19 +160,19 @@ class Batches:
 
     With a generator, for training: in a new random order in each pass, each image padded by 4 zero pixels, cropped
     and flipped at random. The generator is the CPU's, so that all devices see the same batches. A last training
-    batch of one image is left out (BatchNorm needs two).
+    batch of one image is left out (BatchNorm needs two); with drop_last, any incomplete one is.
     """
 
-    def __init__(self, images, labels, batch_size, device, generator=None):
-        self.batch_size, self.device, self.generator = batch_size, device, generator
+    def __init__(self, images, labels, batch_size, device, generator=None, drop_last=False):
+        self.batch_size, self.device, self.generator, self.drop_last = batch_size, device, generator, drop_last
         self.images, self.labels = images.to(device), labels.to(device)
         if generator:
             self.images = F.pad(self.images, (0, 0, PADDING, PADDING, PADDING, PADDING))
         self.mean, self.std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
 
     def __len__(self):
-        lonely = self.generator is not None and len(self.labels) % self.batch_size == 1
-        return math.ceil(len(self.labels) / self.batch_size) - lonely
+        complete, rest = divmod(len(self.labels), self.batch_size)
+        return complete + (0 if self.drop_last else rest > 1 if self.generator else rest > 0)
 
     def __iter__(self):
         for index, *crop in self.draw()[: len(self)]:
@@ -197,8 +202,8 @@ class Data:
     description: str
 
 
-def load_data(args, device):
-    """What --data names, on the device; the training set reduced to --train-size."""
+def load_data(args, device, drop_last=False):
+    """What --data names, on the device; the training set reduced to --train-size; drop_last: of training batches."""
     root = Path(args.data)
     if args.data == "digits":
         name, (train, test, num_classes) = "digits", read_digits()
@@ -210,7 +215,9 @@ def load_data(args, device):
         train = balanced(*train, args.train_size, num_classes)
     if len(train[1]) < 2:
         fail(f"{root} has one training image; at least two are needed")
-    batches = Batches(*train, args.batch_size, device, torch.Generator().manual_seed(args.seed))
+    if drop_last and len(train[1]) < args.batch_size:
+        fail(f"--batch-size {args.batch_size} is more than the {len(train[1])} training images")
+    batches = Batches(*train, args.batch_size, device, torch.Generator().manual_seed(args.seed), drop_last)
     description = f"{name}, {len(train[1])} training and {len(test[1])} test images of {num_classes} classes"
     return Data(batches, Batches(*test, args.test_batch_size, device), num_classes, description)
 
@@ -365,10 +372,12 @@ class Run:
         parts: all that training changes, by name (the network as `model`): objects with a state_dict, or lists of them.
     """
 
+    may_differ = MAY_DIFFER
+
     def __init__(self, args, data, fixed=(), **parts):
         self.args, self.data, self.parts, self.epoch, self.text = args, data, parts, 0, ""
         self.last_checkpoint = None
-        self.may_differ = MAY_DIFFER.difference(fixed)
+        self.may_differ = self.may_differ.difference(fixed)
         auto = args.resume == "auto"
         folder = Path(args.save_folder or ("." if auto or not args.resume else Path(args.resume).parent))
         stem = "_".join(filter(None, (args.script, args.name)))
@@ -379,15 +388,9 @@ class Run:
             begin, old = self.text.encode(), log.read_bytes() if log.exists() else b""
             if not old.startswith(begin) and not begin.startswith(old):
                 fail(f"{log} is not the log of the checkpoint any more: move it away, then resume")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self.file = log.open("w" if self.epoch else "x")
-        except OSError as error:
-            fail(f"cannot write the log to --save_folder: {error}")
+        self.file = self.open_log(log)
         self.file.write(self.text)
         self.file.flush()
-        replaces = " (instead of an earlier run's)" if not self.epoch and self.checkpoint.exists() else ""
-        print(f"log: {log}\ncheckpoint: {self.checkpoint}{replaces}")
         if not self.epoch:
             device, model = data.train.device, parts["model"]
             chip = torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
@@ -398,22 +401,46 @@ class Run:
             self.log(f"data: {data.description}")
             self.log(f"model, {sum(p.numel() for p in model.parameters()):,} parameters: {model}")
 
+    def open_log(self, log):
+        """The log as a file to write: a new one or, if a checkpoint was loaded, the old one, emptied."""
+        try:
+            log.parent.mkdir(parents=True, exist_ok=True)
+            file = log.open("w" if self.epoch else "x")
+        except OSError as error:
+            fail(f"cannot write the log to --save_folder: {error}")
+        replaces = " (instead of an earlier run's)" if not self.epoch and self.checkpoint.exists() else ""
+        self.show(f"log: {log}\ncheckpoint: {self.checkpoint}{replaces}")
+        return file
+
     def log(self, line):
         """Write a line to the log, at once, and to standard output."""
         self.text += f"{line}\n"
         self.file.write(f"{line}\n")
         self.file.flush()
+        self.show(line)
+
+    def show(self, line):
+        """Write a line to standard output."""
         try:
             print(line, flush=True)
         except BrokenPipeError:  # whoever read the output has gone; the log goes on
             sys.stdout = None
 
-    def log_epoch(self, n, epoch, meter, test_top1):
-        """Log the published line of module n, and empty its meter; a loss that is not finite ends the program."""
-        loss, top1 = meter.read()
+    def read(self, meter, n, epoch):
+        """What module n's meter reads, (mean loss, top-1), and it is emptied; the loss must be finite."""
+        loss, *top = meter.read()
+        self.check(loss, n, epoch)
+        return loss, *top
+
+    def check(self, loss, n, epoch):
+        """A loss of module n that is not finite ends the program."""
         if not math.isfinite(loss):
             last = self.last_checkpoint or "none yet"
             raise SystemExit(f"Epoch {epoch}, module {n}: the loss is {loss}; the last checkpoint: {last}")
+
+    def log_epoch(self, n, epoch, meter, test_top1):
+        """Log the published line of module n, and empty its meter."""
+        loss, top1 = self.read(meter, n, epoch)
         self.log(f"n: {n}, epoch {epoch}, loss: {loss:.5f}, train top1:{top1:.3f} test top1:{test_top1:.2f}")
 
     def epochs(self, last):
@@ -433,9 +460,12 @@ class Run:
                 "generator": self.data.train.generator.get_state(),
                 "parts": {name: state_of(part) for name, part in self.parts.items()},
             }
-            write(self.checkpoint, state)
+            self.save(state)
             self.last_checkpoint = self.checkpoint
             say_at_interrupt(f"Interrupted; go on from the last finished epoch with --resume {self.checkpoint}")
+
+    def save(self, state):
+        write(self.checkpoint, state)
 
     def load(self, path):
         """Set everything to a checkpoint's state and return its log's name; one of another run ends the program."""
@@ -455,7 +485,7 @@ class Run:
                 name = f"--{flag.replace('_', '-')}"
                 fail(f"{path} was made with {name} {was.get(flag)!r}; in this run it is {now.get(flag)!r}")
         if description != self.data.description:
-            fail(f"{path} was trained on {description}; --data and --train-size give {self.data.description}")
+            fail(f"{path} was trained on {description}; this run's data: {self.data.description}")
         try:
             for name, part in self.parts.items():
                 load_state(part, parts[name])

@@ -460,8 +460,9 @@ def test_two_processes(tmp_path):
     """The fifth example, as its README starts it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    script = shutil.copytree(FOLDER, tmp_path / "copy") / "dni/two_processes.py"
-    done = subprocess.run([*command, script], env=environment, capture_output=True, text=True, timeout=120)
+    shutil.copytree(FOLDER / "dni", tmp_path / "dni")
+    command += ["-m", "dni.two_processes"]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert float(re.search(r"test top1: (\S+)", done.stdout)[1]) > 80
 

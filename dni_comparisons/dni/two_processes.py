@@ -1,6 +1,6 @@
 """A complete unlock across two processes: each trains its part of a network, without waiting for the other's.
 
-    torchrun --standalone --nproc_per_node=2 two_processes.py    # --help shows the flags
+    torchrun --standalone --nproc_per_node=2 -m dni.two_processes    # in the folder above; --help shows the flags
 
 Process 0 has part A, images -> message, process 1 part B, message -> logits. Both have a copy of the interface:
 process 0 trains its forward synthesizer, on the real messages, process 1 its backward synthesizer, on the real
@@ -9,8 +9,6 @@ scikit-learn's 8x8 digits; process 1 prints the test accuracy on real messages.
 """
 
 import argparse
-import sys
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,7 +16,6 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the folder that the package dni is in
 import dni
 
 WIDTH = 64  # of the message
