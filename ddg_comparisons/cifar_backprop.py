@@ -1,0 +1,91 @@
+"""Backprop on CIFAR-10's ResNet-110 (Section 5.3, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
+
+The end-to-end baseline of cifar_dgl.py, cifar_ddg.py and cifar_features_replay.py: same network, same batches.
+
+    python cifar_backprop.py                              # CIFAR-10, downloaded to ./data if missing; 300 epochs
+    python cifar_backprop.py --data digits --depth 20     # a small network, handwritten digits, no download
+
+Writes a log with a line an epoch, and a checkpoint to --resume from.
+"""
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import utils
+from models import ResNet, cut
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(__file__, __doc__)
+    add = parser.add_argument
+    add("--num_splits", type=utils.at_least(1), default=2, help="K of the other methods; here only the log's n")
+    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet: 6n+2")
+    add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
+    add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
+    add("--epochs", type=utils.at_least(1), default=300, help="passes over the training set")
+    add("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
+    add("--log-interval", type=utils.at_least(0), default=0, help="batches between losses printed; 0: none")
+    args = parser.parse_args(argv)
+    try:
+        cut(args.depth, args.num_splits)
+    except ValueError as error:
+        parser.error(error)
+    return args
+
+
+def make_optimizer(model):
+    return utils.sgd([model], lr=0.01, weight_decay=5e-4, nesterov=True)
+
+
+def set_learning_rate(optimizer, epoch):
+    """0.01, divided by 10 when epochs 150 and 225 begin; epochs count from 1."""
+    optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** ((epoch >= 150) + (epoch >= 225))
+
+
+def train_epoch(model, optimizer, scaler, autocast, batches, meter, log_interval=0):
+    """One epoch of backprop."""
+    model.train()
+    for i, (images, labels) in enumerate(tqdm(batches, disable=None, leave=False), start=1):
+        with autocast:
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        meter.update(loss, logits, labels)
+        if log_interval and i % log_interval == 0:
+            print(f"batch {i} of {len(batches)}, loss: {loss.item():.5f}")
+
+
+@torch.no_grad()
+def evaluate(model, autocast, batches):
+    """Top-1 accuracy in %."""
+    model.eval()
+    correct = torch.zeros((), device=batches.device)
+    for images, labels in batches:
+        with autocast:
+            logits = model(images)
+        correct += (logits.argmax(1) == labels).sum()
+    return (100 * correct / len(batches.labels)).item()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = utils.setup(args)
+    data = utils.load_data(args, device, drop_last=True)
+    model = utils.prepare(ResNet(data.num_classes, args.depth, args.num_splits), args, device)
+    optimizer = make_optimizer(model)
+    scaler = utils.grad_scaler(args, device)
+    autocast = utils.autocast(args, device)
+    meter = utils.Meter(device)
+    run = utils.Run(args, data, model=model, optimizer=optimizer, scaler=scaler)
+    for epoch in run.epochs(args.epochs):
+        set_learning_rate(optimizer, epoch)
+        train_epoch(model, optimizer, scaler, autocast, data.train, meter, args.log_interval)
+        run.log_epoch(args.num_splits, epoch, meter, evaluate(model, autocast, data.test))
+
+
+if __name__ == "__main__":
+    main()

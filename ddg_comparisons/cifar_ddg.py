@@ -1,0 +1,167 @@
+"""Decoupled parallel backpropagation on CIFAR-10's ResNet-110, for comparison with DGL (Section 5.3, arXiv 1901.08164).
+
+DDG (Huo et al. 2018, arXiv 1804.10574): the network is cut into K modules. Module k, from 1, backpropagates K-k
+iterations late, so that it need not wait for the modules above; its graphs, and the weights they were made with, are
+kept till then. Simulated in one process. cifar_features_replay.py keeps the inputs only; cifar_dgl.py, nothing.
+
+    python cifar_ddg.py                              # CIFAR-10, downloaded to ./data if missing; 300 epochs
+    python cifar_ddg.py --num_splits 4               # four modules
+    python cifar_ddg.py --data digits --depth 20     # a small network, handwritten digits, no download
+
+Writes a log with a line an epoch, and a checkpoint to --resume from.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+from tqdm import tqdm
+
+import utils
+from models import ResNet, cut
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(__file__, __doc__)
+    add = parser.add_argument
+    add("--num_splits", type=utils.at_least(1), default=2, help="modules the network is cut into: K")
+    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet: 6n+2")
+    add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
+    add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
+    add("--epochs", type=utils.at_least(1), default=300, help="passes over the training set")
+    add("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
+    add("--log-interval", type=utils.at_least(0), default=0, help="batches between losses printed; 0: none")
+    args = parser.parse_args(argv)
+    try:
+        cut(args.depth, args.num_splits)
+    except ValueError as error:
+        parser.error(error)
+    return args
+
+
+class Graph:
+    """A forward pass of a block on x, kept for its backward pass with copies of the weights it was made with.
+
+    The optimizer changes a block's own parameters in place, at a time when the graph still needs the old ones.
+    Without `buffers` to work on, BatchNorm updates the block's own running statistics.
+    """
+
+    def __init__(self, block, x, weights, buffers=None):
+        self.block, self.x = block, x
+        self.weights = {name: w.detach().clone().requires_grad_() for name, w in weights}
+        self.output = functional_call(block, {**self.weights, **(buffers or {})}, (x,))
+
+    def backward(self, gradient):
+        """Give the block's parameters their gradients, and x its own; `gradient`: of the loss by the output."""
+        self.output.backward(gradient.to(self.output.dtype))
+        for p, w in zip(self.block.parameters(), self.weights.values()):
+            p.grad = w.grad
+
+
+class Delays:
+    """What waits from one iteration to the next, by module, the last one excepted.
+
+    graphs: the forward passes without a backward pass yet, oldest first: K-k of module k.
+    gradients: of the loss by the output of the oldest one; None in a module's first K-k iterations.
+    """
+
+    def __init__(self, model, autocast):
+        self.blocks, self.autocast = model.blocks[:-1], autocast
+        self.graphs, self.gradients = [[] for _ in self.blocks], [None for _ in self.blocks]
+
+    def state_dict(self):
+        inputs = [[graph.x.detach() for graph in graphs] for graphs in self.graphs]
+        weights = [[{k: w.detach() for k, w in g.weights.items()} for g in graphs] for graphs in self.graphs]
+        return {"inputs": inputs, "weights": weights, "gradients": self.gradients}
+
+    def load_state_dict(self, state):
+        """The graphs are made anew from inputs and weights: equal, on a CPU to the bit, to those that were lost."""
+        for n, (block, gradient) in enumerate(zip(self.blocks, state["gradients"], strict=True)):
+            device, self.graphs[n] = next(block.parameters()).device, []
+            self.gradients[n] = gradient if gradient is None else gradient.to(device)
+            for x, weights in zip(state["inputs"][n], state["weights"][n], strict=True):
+                weights = {name: w.to(device) for name, w in weights.items()}
+                buffers = {name: b.clone() for name, b in block.named_buffers()}  # BatchNorm has counted x already
+                with self.autocast:
+                    graph = Graph(block.train(), x.to(device).requires_grad_(n > 0), weights.items(), buffers)
+                self.graphs[n].append(graph)
+
+
+def make_optimizers(model):
+    """One a module: modules begin to step at different iterations."""
+    return [utils.sgd([block], lr=0.01, weight_decay=5e-4, nesterov=True) for block in model.blocks]
+
+
+def set_learning_rate(optimizers, epoch):
+    """0.01, divided by 10 when epochs 150 and 225 begin; epochs count from 1."""
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** ((epoch >= 150) + (epoch >= 225))
+
+
+def train_epoch(model, optimizers, scalers, autocast, batches, meter, delays, log_interval=0):
+    """One epoch of DDG (its paper's Algorithm 1); n counts modules from 0: module n is K-1-n iterations late."""
+    model.train()
+    last, one = len(model.blocks) - 1, torch.ones((), device=batches.device)
+    for i, (images, labels) in enumerate(tqdm(batches, disable=None, leave=False), start=1):
+        # Forward: all modules on this batch, with the weights of now.
+        x = images
+        for block, graphs in zip(model.blocks[:last], delays.graphs):
+            with autocast:
+                graphs.append(Graph(block, x, block.named_parameters()))
+            x = graphs[-1].output.detach().requires_grad_()
+        with autocast:
+            logits = model.blocks[last](x)
+            loss = F.cross_entropy(logits, labels)
+        # Backward: the last module on this batch; module n on an older one, with the gradient by its output that
+        # module n+1 found one iteration ago. None looks at another's new weights: the order is free.
+        given, delays.gradients = delays.gradients, [None] * last
+        for n in reversed(range(last + 1)):
+            scale = scalers[n].scale(one)  # 1 but in fp16: gradients travel unscaled, each module has its own scale
+            optimizers[n].zero_grad()
+            if n == last:
+                (loss * scale).backward()
+            elif given[n] is None:
+                break  # the first K-1-n iterations: no gradient yet, nor for the modules below
+            else:
+                graph = delays.graphs[n].pop(0)
+                graph.backward(given[n] * scale)
+                x = graph.x
+            scalers[n].step(optimizers[n])
+            scalers[n].update()
+            if n > 0:
+                delays.gradients[n - 1] = x.grad.float() / scale
+        meter.update(loss, logits, labels)
+        if log_interval and i % log_interval == 0:
+            print(f"batch {i} of {len(batches)}, loss: {loss.item():.5f}")
+
+
+@torch.no_grad()
+def evaluate(model, autocast, batches):
+    """Top-1 accuracy in %."""
+    model.eval()
+    correct = torch.zeros((), device=batches.device)
+    for images, labels in batches:
+        with autocast:
+            logits = model(images)
+        correct += (logits.argmax(1) == labels).sum()
+    return (100 * correct / len(batches.labels)).item()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = utils.setup(args)
+    data = utils.load_data(args, device, drop_last=True)
+    model = utils.prepare(ResNet(data.num_classes, args.depth, args.num_splits), args, device)
+    optimizers = make_optimizers(model)
+    scalers = [utils.grad_scaler(args, device) for _ in optimizers]
+    autocast = utils.autocast(args, device)
+    meter = utils.Meter(device)
+    delays = Delays(model, autocast)  # they run on across epochs
+    run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers, delays=delays)
+    for epoch in run.epochs(args.epochs):
+        set_learning_rate(optimizers, epoch)
+        train_epoch(model, optimizers, scalers, autocast, data.train, meter, delays, args.log_interval)
+        run.log_epoch(args.num_splits, epoch, meter, evaluate(model, autocast, data.test))
+
+
+if __name__ == "__main__":
+    main()

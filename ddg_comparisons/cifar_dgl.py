@@ -1,0 +1,102 @@
+"""DGL on CIFAR-10's ResNet-110 (Section 5.3, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
+
+The network is cut into a few modules, each with an auxiliary network and a loss of its own, which are trained at the
+same time: synchronous DGL, Algorithm 1. cifar_backprop.py, cifar_ddg.py and cifar_features_replay.py train the same
+network on the same batches.
+
+    python cifar_dgl.py                              # CIFAR-10, downloaded to ./data if missing; 300 epochs
+    python cifar_dgl.py --num_splits 4               # four modules
+    python cifar_dgl.py --data digits --depth 20     # a small network, handwritten digits, no download
+
+Writes a log with a line a module and epoch, and a checkpoint to --resume from.
+"""
+
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+import utils
+from models import DGLNet, cut
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(__file__, __doc__)
+    add = parser.add_argument
+    add("--num_splits", type=utils.at_least(1), default=2, help="modules the network is cut into: K")
+    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet: 6n+2")
+    add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
+    add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
+    add("--epochs", type=utils.at_least(1), default=300, help="passes over the training set")
+    add("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
+    add("--log-interval", type=utils.at_least(0), default=0, help="batches between losses printed; 0: none")
+    args = parser.parse_args(argv)
+    try:
+        cut(args.depth, args.num_splits)
+    except ValueError as error:
+        parser.error(error)
+    return args
+
+
+def make_optimizers(model):
+    """One a module, without Nesterov's momentum: as published."""
+    return [utils.sgd(parts, lr=0.01, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
+
+
+def set_learning_rate(optimizers, epoch):
+    """0.01, divided by 10 when epochs 150 and 225 begin; epochs count from 1."""
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** ((epoch >= 150) + (epoch >= 225))
+
+
+def train_epoch(model, optimizers, scalers, autocast, batches, meters, log_interval=0):
+    """One epoch of synchronous DGL (Algorithm 1): a module updates before the next one sees the batch."""
+    model.train()
+    for i, (images, labels) in enumerate(tqdm(batches, disable=None, leave=False), start=1):
+        x = images
+        for n, (optimizer, scaler) in enumerate(zip(optimizers, scalers)):
+            with autocast:
+                logits, representation = model(x, n)
+                loss = F.cross_entropy(logits, labels)
+            optimizer.zero_grad()
+            scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
+            scaler.step(optimizer)
+            scaler.update()
+            meters[n].update(loss, logits, labels)
+            x = representation.detach()  # update unlocking: nothing flows back across modules
+        if log_interval and i % log_interval == 0:
+            print(f"batch {i} of {len(batches)}, loss: {loss.item():.5f}")
+
+
+@torch.no_grad()
+def evaluate(model, autocast, batches):
+    """Top-1 accuracy in % of every module, in one pass over the batches."""
+    model.eval()
+    correct = torch.zeros(len(model.blocks), device=batches.device)
+    for images, labels in batches:
+        x = images
+        for n in range(len(model.blocks)):
+            with autocast:
+                logits, x = model(x, n)
+            correct[n] += (logits.argmax(1) == labels).sum()
+    return (100 * correct / len(batches.labels)).tolist()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = utils.setup(args)
+    data = utils.load_data(args, device, drop_last=True)
+    model = utils.prepare(DGLNet(data.num_classes, args.depth, args.num_splits), args, device)
+    optimizers = make_optimizers(model)
+    scalers = [utils.grad_scaler(args, device) for _ in optimizers]
+    autocast = utils.autocast(args, device)
+    meters = [utils.Meter(device) for _ in optimizers]
+    run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers)
+    for epoch in run.epochs(args.epochs):
+        set_learning_rate(optimizers, epoch)
+        train_epoch(model, optimizers, scalers, autocast, data.train, meters, args.log_interval)
+        for n, (meter, top1) in enumerate(zip(meters, evaluate(model, autocast, data.test)), start=1):
+            run.log_epoch(n, epoch, meter, top1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""Features replay on CIFAR-10's ResNet-110, for comparison with DGL (Section 5.3, arXiv 1901.08164).
+
+FR (Huo et al. 2018, arXiv 1807.04511): the network is cut into K modules. Module k, from 1, backpropagates K-k
+iterations late, so that it need not wait for the modules above; it keeps its inputs till then and runs them forward
+again, with its weights of that later time. Simulated in one process. cifar_ddg.py keeps whole graphs instead.
+
+    python cifar_features_replay.py                              # CIFAR-10, downloaded to ./data if missing; 300 epochs
+    python cifar_features_replay.py --num_splits 4               # four modules
+    python cifar_features_replay.py --data digits --depth 20     # a small network, handwritten digits, no download
+
+Writes a log with a line an epoch, and a checkpoint to --resume from.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch.func import functional_call
+from tqdm import tqdm
+
+import utils
+from models import ResNet, cut
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(__file__, __doc__)
+    add = parser.add_argument
+    add("--num_splits", type=utils.at_least(1), default=2, help="modules the network is cut into: K")
+    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet: 6n+2")
+    add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
+    add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
+    add("--epochs", type=utils.at_least(1), default=300, help="passes over the training set")
+    add("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
+    add("--log-interval", type=utils.at_least(0), default=0, help="batches between losses printed; 0: none")
+    args = parser.parse_args(argv)
+    try:
+        cut(args.depth, args.num_splits)
+    except ValueError as error:
+        parser.error(error)
+    return args
+
+
+class Delays:
+    """What waits from one iteration to the next, by module, the last one excepted.
+
+    inputs: those of the batches without a backward pass yet, oldest first: K-k of module k.
+    gradients: of the loss by the output for the oldest one; None in a module's first K-k iterations.
+    """
+
+    def __init__(self, model):
+        self.blocks = model.blocks[:-1]
+        self.inputs, self.gradients = [[] for _ in self.blocks], [None for _ in self.blocks]
+
+    def state_dict(self):
+        return {"inputs": [[x.detach() for x in inputs] for inputs in self.inputs], "gradients": self.gradients}
+
+    def load_state_dict(self, state):
+        for n, (block, gradient) in enumerate(zip(self.blocks, state["gradients"], strict=True)):
+            device = next(block.parameters()).device
+            self.inputs[n] = [x.to(device).requires_grad_(n > 0) for x in state["inputs"][n]]
+            self.gradients[n] = gradient if gradient is None else gradient.to(device)
+
+
+def replay(block, x):
+    """The block's output on x, with its weights of now; its running statistics, which counted x in the play, stay."""
+    return functional_call(block, {name: b.clone() for name, b in block.named_buffers()}, (x,))
+
+
+def make_optimizers(model):
+    """One a module: modules begin to step at different iterations."""
+    return [utils.sgd([block], lr=0.01, weight_decay=5e-4, nesterov=True) for block in model.blocks]
+
+
+def set_learning_rate(optimizers, epoch):
+    """0.01, divided by 10 when epochs 150 and 225 begin; epochs count from 1."""
+    for optimizer in optimizers:
+        optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** ((epoch >= 150) + (epoch >= 225))
+
+
+def train_epoch(model, optimizers, scalers, autocast, batches, meter, delays, log_interval=0):
+    """One epoch of FR (its paper's Algorithm 1); n counts modules from 0: module n is K-1-n iterations late."""
+    model.train()
+    last, one = len(model.blocks) - 1, torch.ones((), device=batches.device)
+    for i, (images, labels) in enumerate(tqdm(batches, disable=None, leave=False), start=1):
+        # Play: all modules on this iteration's batch, with this iteration's weights; only inputs are kept.
+        x = images
+        for block, inputs in zip(model.blocks[:last], delays.inputs):
+            inputs.append(x)
+            with torch.no_grad(), autocast:
+                x = block(x).requires_grad_()
+        with autocast:  # the last module needs no replay: its gradient is there at once
+            logits = model.blocks[last](x)
+            loss = F.cross_entropy(logits, labels)
+        # Replay and backward: the last module on this batch; module n on an older one, with this iteration's weights
+        # and the gradient by its output that module n+1 found one iteration ago. None looks at another's new weights:
+        # the order is free.
+        given, delays.gradients = delays.gradients, [None] * last
+        for n in reversed(range(last + 1)):
+            scale = scalers[n].scale(one)  # 1 but in fp16: gradients travel unscaled, each module has its own scale
+            optimizers[n].zero_grad()
+            if n == last:
+                (loss * scale).backward()
+            elif given[n] is None:
+                break  # the first K-1-n iterations: no gradient yet, nor for the modules below
+            else:
+                x = delays.inputs[n].pop(0)
+                with autocast:
+                    output = replay(model.blocks[n], x)
+                output.backward((given[n] * scale).to(output.dtype))
+            scalers[n].step(optimizers[n])
+            scalers[n].update()
+            if n > 0:
+                delays.gradients[n - 1] = x.grad.float() / scale
+        meter.update(loss, logits, labels)
+        if log_interval and i % log_interval == 0:
+            print(f"batch {i} of {len(batches)}, loss: {loss.item():.5f}")
+
+
+@torch.no_grad()
+def evaluate(model, autocast, batches):
+    """Top-1 accuracy in %."""
+    model.eval()
+    correct = torch.zeros((), device=batches.device)
+    for images, labels in batches:
+        with autocast:
+            logits = model(images)
+        correct += (logits.argmax(1) == labels).sum()
+    return (100 * correct / len(batches.labels)).item()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    device = utils.setup(args)
+    data = utils.load_data(args, device, drop_last=True)
+    model = utils.prepare(ResNet(data.num_classes, args.depth, args.num_splits), args, device)
+    optimizers = make_optimizers(model)
+    scalers = [utils.grad_scaler(args, device) for _ in optimizers]
+    autocast = utils.autocast(args, device)
+    meter = utils.Meter(device)
+    delays = Delays(model)  # they run on across epochs
+    run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers, delays=delays)
+    for epoch in run.epochs(args.epochs):
+        set_learning_rate(optimizers, epoch)
+        train_epoch(model, optimizers, scalers, autocast, data.train, meter, delays, args.log_interval)
+        run.log_epoch(args.num_splits, epoch, meter, evaluate(model, autocast, data.test))
+
+
+if __name__ == "__main__":
+    main()
