@@ -1,0 +1,144 @@
+"""The network of Section 5.3's asynchronous experiments (arXiv 1901.08164), for cifar_buffer.py and cifar_async.py.
+
+Shapes are (B, C, H, W); C is a layer's number of channels and s the side of its output in pixels.
+"""
+
+import argparse
+import json
+
+from torch import nn
+
+import utils
+
+DOWNSAMPLINGS = ["maxpool", "avgpool", "stride", "psi"]
+
+
+def convolution(in_channels, channels, stride=1, bn=True):
+    """3x3 convolution, [BatchNorm,] ReLU: (B, in_channels, s, s) -> (B, channels, s / stride, s / stride)."""
+    norm = [nn.BatchNorm2d(channels)] if bn else []
+    return [nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False), *norm, nn.ReLU(inplace=True)]
+
+
+def layer(in_channels, channels, downsample=None, bn=True):
+    """[Downsampling and] a convolution: (B, in_channels, s, s) -> (B, channels, s [/ 2], s [/ 2])."""
+    if downsample == "stride":
+        return convolution(in_channels, channels, 2, bn)
+    if downsample == "psi":  # space to depth, as in i-RevNet (arXiv 1802.07088): nothing is lost
+        return [nn.PixelUnshuffle(2), *convolution(4 * in_channels, channels, bn=bn)]
+    pool = {"maxpool": [nn.MaxPool2d(2)], "avgpool": [nn.AvgPool2d(2)], None: []}[downsample]
+    return [*pool, *convolution(in_channels, channels, bn=bn)]
+
+
+def mlp(channels, num_classes, num_hidden=3, bn=True):
+    """Auxiliary network `mlp`: (B, C, s, s), averaged to 2x2 and flattened to 4C, -> logits (B, num_classes)."""
+    width = 4 * channels
+    net = [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    for _ in range(num_hidden):
+        net += [nn.Linear(width, width), *([nn.BatchNorm1d(width)] if bn else []), nn.ReLU(inplace=True)]
+    return [*net, nn.Linear(width, num_classes)]
+
+
+class BufferNet(nn.Module):
+    """`ncnn` layers in modules of `block_size`, each with its own auxiliary network; the last one's is the classifier.
+
+    By default, the layers have 128, 128, 256, 256, 512, 512 channels at sides 32, 32, 16, 16, 8, 8: behind the layers
+    in `down`, counted from 0, the network downsamples by 2 (as `ds_type` says) and doubles its channels. An auxiliary
+    network is an `mlp` with `mlp_layers` hidden layers behind `nlin` 3x3 convolutions of `width_aux` channels, doubled
+    at each downsampling. `shapes` has (C, s, s) of each block's output. Layers left over at the end are a last,
+    smaller module.
+    """
+
+    def __init__(
+        self,
+        num_classes,
+        ncnn=6,
+        feature_size=128,
+        down=(1, 3),
+        ds_type="maxpool",
+        bn=True,
+        mlp_layers=3,
+        nlin=0,
+        width_aux=256,
+        block_size=1,
+        side=utils.SIDE,
+    ):
+        super().__init__()
+        self.blocks, self.auxiliary_nets, self.shapes = nn.ModuleList(), nn.ModuleList(), []
+        in_channels, channels, block = 3, feature_size, []
+        for n in range(ncnn):
+            downsample = ds_type if n - 1 in down else None
+            if downsample:
+                channels, width_aux, side = 2 * channels, 2 * width_aux, side // 2
+            block += layer(in_channels, channels, downsample, bn)
+            in_channels = channels
+            if (n + 1) % block_size == 0 or n == ncnn - 1:
+                self.blocks.append(nn.Sequential(*block))
+                self.shapes.append((channels, side, side))
+                block, net, width = [], [], channels
+                for _ in range(nlin):
+                    net += convolution(width, width_aux, bn=bn)
+                    width = width_aux
+                self.auxiliary_nets.append(nn.Sequential(*net, *mlp(width, num_classes, mlp_layers, bn)))
+
+    def forward(self, x, n, upto=False):
+        """Module n on its input x, or with `upto` on the images x: first blocks 0 to n-1, then module n.
+
+        Returns:
+            (logits of auxiliary net n (B, num_classes), output of block n (B, C, s, s)).
+        """
+        if upto:
+            for block in self.blocks[:n]:
+                x = block(x)
+        representation = self.blocks[n](x)
+        return self.auxiliary_nets[n](representation), representation
+
+
+# The network's flags, the same in both scripts
+
+
+def list_of_layers(text):
+    """An argparse type: '[1,3]' -> [1, 3], in order."""
+    try:
+        layers = json.loads(text)
+    except ValueError:
+        layers = None
+    if not isinstance(layers, list) or any(type(n) is not int or n < 0 for n in layers) or len({*layers}) < len(layers):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of different layers such as '[1,3]'")
+    return sorted(layers)
+
+
+def add_network_flags(parser):
+    add = parser.add_argument_group("the network").add_argument
+    add("--ncnn", type=utils.at_least(1), default=6, help="layers")
+    add("--feature_size", type=utils.at_least(1), default=128, help="channels of the first layer")
+    add("--down", type=list_of_layers, default="[1,3]", help="layers behind which sides halve and channels double")
+    add("--ds-type", choices=DOWNSAMPLINGS, default="maxpool", help="how: pooling, stride 2, or space to depth (psi)")
+    add("--mlp", type=utils.at_least(0), default=3, help="hidden layers of an auxiliary network")
+    add("--nlin", type=utils.at_least(0), default=0, help="3x3 convolutions before them")
+    add("--width_aux", type=utils.at_least(1), default=256, help="their channels, doubled at each downsampling")
+    add("--bn", type=int, choices=[0, 1], default=1, help="BatchNorm, everywhere (1) or nowhere (0)")
+
+
+def check_network_flags(parser, args):
+    """One line and exit status 2 for a network that cannot be."""
+    if args.down and args.down[-1] > args.ncnn - 2:
+        last = f"the last with one behind it is {args.ncnn - 2}" if args.ncnn > 1 else "use --down '[]'"
+        parser.error(f"--down {args.down}: there is no layer behind layer {args.down[-1]} of {args.ncnn}; {last}")
+    if utils.SIDE >> len(args.down) < 1:
+        parser.error(f"--down {args.down} halves {utils.SIDE} pixels {len(args.down)} times; at most 5 are possible")
+
+
+def make_network(args, num_classes, block_size=1):
+    """The BufferNet that the flags describe."""
+    return BufferNet(
+        num_classes,
+        args.ncnn,
+        args.feature_size,
+        args.down,
+        args.ds_type,
+        bool(args.bn),
+        args.mlp,
+        args.nlin,
+        args.width_aux,
+        block_size,
+    )

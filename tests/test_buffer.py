@@ -1,0 +1,618 @@
+"""buffer_experiments: the buffer, its compression, and simulated asynchronous DGL."""
+
+import copy
+import itertools
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import psutil  # comes with ipykernel
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import ROOT, load, run
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_scripts import assert_same_run, log_of, refused
+
+FOLDER = "buffer_experiments"
+SCRIPT = f"{FOLDER}/cifar_buffer.py"
+script = load(FOLDER, "cifar_buffer")
+buffer, models, utils = (sys.modules[name] for name in ("buffer", "models", "utils"))
+BATCH = 16
+TINY = ["--ncnn", 3, "--down", "[0]", "--feature_size", 4, "--mlp", 1, "--batch_size", BATCH, "--seed", 0]
+QUICK = [*TINY, "--data", "digits", "--train-size", 64, "--threads", 1, "--nepochs", 3]
+every = settings(max_examples=100, deadline=None, derandomize=True)
+
+
+def make(*flags, size=64):
+    """A simulation as the script makes it, on random images of 4 classes, in 4 batches."""
+    args = script.parse_args([str(flag) for flag in (*TINY, "--nepochs", 3, *flags)])
+    torch.manual_seed(args.seed)
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(4, (size,), generator=generator)
+    images = torch.randint(128, (size, 32, 32, 3), dtype=torch.uint8, generator=generator)
+    images += 32 * labels.byte()[:, None, None, None]
+    batches = utils.Batches(images, labels, BATCH, "cpu", torch.Generator().manual_seed(args.seed), drop_last=True)
+    model = utils.prepare(models.make_network(args, 10), args, torch.device("cpu"))
+    return script.Simulation(args, model, batches, torch.device("cpu"))
+
+
+def train(simulation):
+    for epoch in range(1, simulation.args.epochs + 1):
+        script.train_epoch(simulation, epoch)
+    return simulation
+
+
+def state(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def equal(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# The buffer
+
+
+@every
+@given(
+    size=st.integers(1, 5),
+    max_reuse=st.none() | st.integers(1, 3),
+    sampling=st.sampled_from(buffer.SAMPLINGS),
+    operations=st.lists(st.sampled_from(["put", "sample", "save and load"]), max_size=40),
+)
+def test_buffer_against_an_obvious_one(size, max_reuse, sampling, operations):
+    def new():
+        return buffer.Buffer(size, 2, (3, 4, 4), sampling=sampling, max_reuse=max_reuse)
+
+    ring, obvious, number = new(), [], 0  # obvious: [number, uses] of each batch, oldest first
+    for operation in operations:
+        if operation == "put":
+            batch = torch.full((2, 3, 4, 4), float(number))
+            ring.put(batch.to(memory_format=torch.channels_last), torch.tensor([number, number + 1]))
+            obvious = [*obvious, [number, 0]][-size:]
+            number += 1
+        elif operation == "save and load":
+            saved, ring = copy.deepcopy(ring.state_dict()), new()
+            ring.load_state_dict(saved)
+        else:
+            usable = [entry for entry in obvious if max_reuse is None or entry[1] < max_reuse]
+            batch = ring.sample()
+            assert (batch is None) == (not usable)
+            if batch:
+                representation, labels = batch
+                assert representation.shape == (2, 3, 4, 4)
+                assert representation.is_contiguous(memory_format=torch.channels_last)
+                chosen = labels[0].item()
+                assert labels.tolist() == [chosen, chosen + 1]
+                assert (representation == chosen).all()
+                if sampling == "priority_lifo":
+                    fewest = min(uses for _, uses in usable)
+                    assert chosen == max(i for i, uses in usable if uses == fewest)
+                (entry,) = (entry for entry in usable if entry[0] == chosen)
+                entry[1] += 1
+
+
+def test_random_sampling_takes_every_batch_as_often():
+    ring = buffer.Buffer(4, 1, (1, 1, 1), sampling="random")
+    for i in range(4):
+        ring.put(torch.zeros(1, 1, 1, 1), torch.tensor([i]))
+    chosen = torch.cat([ring.sample()[1].clone() for _ in range(2000)])
+    assert (chosen.bincount() / 500).sub(1).abs().max() < 0.2
+
+
+def test_storage_is_allocated_once():
+    ring = buffer.Buffer(2, 2, (3, 4, 4))
+    places = set()
+    for i in range(6):
+        ring.put(torch.zeros(2, 3, 4, 4), torch.zeros(2))
+        places.add(ring.sample()[0].data_ptr())
+        assert ring.stored.shape == (2, 2, 4, 4, 3), i
+    assert len(places) == 2
+    assert ring.num_bytes() == 4 * 2 * 2 * 3 * 16 + 8 * 2 * 2 == ring.uncompressed_bytes()
+
+
+# Turns
+
+
+@every
+@given(
+    layers=st.integers(1, 4),
+    sequential=st.booleans(),
+    operations=st.lists(st.sampled_from(["next", "next", "next", "warm up", "save and load"]), max_size=60),
+)
+def test_turns_against_obvious_ones(layers, sequential, operations):
+    def new():
+        return script.Turns([1.0] * layers, sequential, 3)
+
+    undisturbed, turns = new(), new()
+    warm_up = [] if sequential else [n for n in range(layers) for _ in range(2)]
+    for expected in warm_up:
+        assert next(undisturbed) == expected
+    pending = [*warm_up]
+    for operation in operations:
+        if operation == "warm up":
+            turns.warm_up()
+            pending = [*warm_up]
+        elif operation == "save and load":
+            saved, turns = copy.deepcopy(turns.state_dict()), new()
+            turns.load_state_dict(saved)
+        else:
+            assert next(turns) == (pending.pop(0) if pending else next(undisturbed))
+    if sequential:
+        first = next(undisturbed)
+        assert [next(undisturbed) for _ in range(layers)] == [(first + i) % layers for i in range(1, layers + 1)]
+
+
+def test_draw_frequencies():
+    turns = make("--buffer", 2, "--noise", 0.5, "--layer_noise", 1, "--ncnn", 4).turns
+    assert [next(turns) for _ in range(8)] == [0, 0, 1, 1, 2, 2, 3, 3]
+    draws = torch.tensor([next(turns) for _ in range(20000)])
+    shares = draws.bincount() / len(draws)
+    assert shares.tolist() == pytest.approx([1 / 3.5, 0.5 / 3.5, 1 / 3.5, 1 / 3.5], abs=0.015)
+    assert (draws[1:] == draws[:-1]).float().mean() == pytest.approx(3.25 / 3.5**2, abs=0.02)  # independent
+
+
+def test_the_stream_goes_on_at_the_same_place():
+    undisturbed, stream = make().stream, make().stream
+    for i in range(12):  # three passes
+        if i:
+            saved, after = stream.state_dict(), stream.batches.generator.get_state()
+            stream = make().stream
+            stream.load_state_dict(saved)
+            assert torch.equal(stream.batches.generator.get_state(), after)
+        assert all(map(torch.equal, next(stream), next(undisturbed)))
+
+
+# The network
+
+
+@pytest.mark.parametrize("kind", models.DOWNSAMPLINGS)
+def test_shapes(kind):
+    net = models.BufferNet(10, feature_size=8, ds_type=kind, nlin=1, width_aux=6)
+    assert net.shapes == [(8, 32, 32), (8, 32, 32), (16, 16, 16), (16, 16, 16), (32, 8, 8), (32, 8, 8)]
+    images = x = torch.randn(2, 3, 32, 32)
+    for n, shape in enumerate(net.shapes):
+        logits, x = net(x, n)
+        assert logits.shape == (2, 10)
+        assert x.shape == (2, *shape)
+        convolutions = [m for m in net.auxiliary_nets[n] if isinstance(m, torch.nn.Conv2d)]
+        assert [c.out_channels for c in convolutions] == [6 * 2 ** (n // 2)]
+    assert not any(m.bias is not None for m in net.modules() if isinstance(m, torch.nn.Conv2d))
+    sum(net(images, n, upto=True)[0].sum() for n in range(6)).backward()
+    assert all(p.grad is not None for p in net.parameters())
+    assert [len(net) for net in models.BufferNet(10, feature_size=8, block_size=4, bn=False).blocks] == [9, 5]
+
+
+def test_published_network():
+    net = models.BufferNet(10)
+    assert net.shapes == [(128, 32, 32), (128, 32, 32), (256, 16, 16), (256, 16, 16), (512, 8, 8), (512, 8, 8)]
+    assert [net[2].in_features for net in net.auxiliary_nets] == [512, 512, 1024, 1024, 2048, 2048]
+    assert all(sum(isinstance(m, torch.nn.Linear) for m in net) == 4 for net in net.auxiliary_nets)
+
+
+def test_space_to_depth_loses_nothing():
+    pixels = models.layer(1, 2, "psi")[0](torch.arange(16.0).view(1, 1, 4, 4))
+    assert pixels.shape == (1, 4, 2, 2)
+    assert sorted(pixels.flatten().tolist()) == list(range(16))
+
+
+# The algorithm
+
+
+def synchronous_dgl(args, model, batches):
+    """Algorithm 1 once more, plainly: nothing of cifar_buffer.py but its network."""
+    optimizers = []
+    context = torch.autocast("cpu", torch.bfloat16, enabled=args.precision == "bf16")
+    model.train()
+    for epoch in range(args.epochs):
+        if epoch % args.epochdecay == 0:
+            lr = args.lr / 5 ** (epoch // args.epochdecay)
+            optimizers = [
+                torch.optim.SGD([*b.parameters(), *a.parameters()], lr, 0.9, weight_decay=5e-4, fused=True)
+                for b, a in zip(model.blocks, model.auxiliary_nets)
+            ]
+        for x, labels in batches:
+            for n, optimizer in enumerate(optimizers):
+                optimizer.zero_grad()
+                with context:
+                    logits, x = model(x, n)
+                    loss = F.cross_entropy(logits, labels)
+                loss.backward()
+                optimizer.step()
+                x = x.detach()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--buffer", 0],
+        ["--buffer", 3, "--layer-sequence", "sequential"],
+        ["--buffer", 0, "--precision", "bf16", "--max-buffer-reuse", 1],
+    ],
+)
+def test_layers_that_take_turns_are_synchronous_dgl(flags):
+    simulation, other = make(*flags, "--epochdecay", 2, size=70), make(*flags, "--epochdecay", 2, size=70)
+    train(simulation)
+    assert simulation.steps == [12, 12, 12]  # the incomplete batch dropped
+    synchronous_dgl(other.args, other.model, other.stream.batches)
+    assert equal(state(simulation.model), state(other.model))
+    asynchronous = train(make("--buffer", 3, "--epochdecay", 2, size=70))
+    assert not equal(state(simulation.model), state(asynchronous.model))
+
+
+@pytest.mark.parametrize("max_reuse", [None, 1])
+def test_random_turns_against_an_obvious_simulation(max_reuse):
+    """The same weights, to the bit, from lists of tensors, and the order of the turns that was recorded."""
+    flags = ["--buffer", 2, "--noise", 0.6, "--layer_noise", 1, "--epochdecay", 1]
+    flags += ["--max-buffer-reuse", max_reuse] if max_reuse else []
+    simulation, other = make(*flags), make(*flags)
+    turns = []
+    simulation.turn = lambda n: turns.append(n) or type(simulation).turn(simulation, n)
+    train(simulation)
+    model = other.model
+    lists = [[] for _ in range(3)]  # of [representation, labels, uses], oldest first
+    steps, optimizers, order = [0] * 3, [None] * 3, iter(turns)
+    stream = (batch for _ in itertools.count() for batch in other.stream.batches)
+    expected_warm_up = [0, 0, 1, 1, 2, 2]
+    skipped = fed = 0
+    while min(steps) < 12:
+        n = next(order)
+        if expected_warm_up:
+            assert n == expected_warm_up.pop(0)
+        if n == 2 and steps[2] == 12:
+            continue
+        if n == 0:
+            x, labels = next(stream)
+        else:
+            usable = [e for e in lists[n - 1] if max_reuse is None or e[2] < max_reuse]
+            if not usable:
+                skipped += 1
+                continue
+            fewest = min(e[2] for e in usable)
+            entry = [e for e in usable if e[2] == fewest][-1]
+            entry[2] += 1
+            x, labels = entry[:2]
+        if steps[n] == 12:
+            fed += 1
+            with torch.no_grad():
+                x = model.blocks[n].eval()(x)
+        else:
+            parts = model.blocks[n].train(), model.auxiliary_nets[n].train()
+            if steps[n] % 4 == 0:  # a new SGD, and fresh batches
+                parameters = [p for part in parts for p in part.parameters()]
+                optimizers[n] = torch.optim.SGD(
+                    parameters, 0.1 / 5 ** (steps[n] // 4), 0.9, weight_decay=5e-4, fused=True
+                )
+            logits, x = model(x, n)
+            optimizers[n].zero_grad()
+            F.cross_entropy(logits, labels).backward()
+            optimizers[n].step()
+            steps[n] += 1
+            if steps[n] in (4, 8):
+                expected_warm_up = [0, 0, 1, 1, 2, 2]
+        lists[n] = [*lists[n], [x.detach(), labels, 0]][-2:]
+    assert next(order, None) is None
+    assert fed
+    assert bool(skipped) == bool(max_reuse)
+    assert equal(state(simulation.model), state(model))
+
+
+def test_layers_that_are_done_stop_learning_and_go_on_feeding():
+    simulation = make("--buffer", 2, "--noise", 0.8, "--layer_noise", 2)
+    finished = {}
+
+    def turn(n):
+        trained = type(simulation).turn(simulation, n)
+        if simulation.steps[n] == 12:
+            now = [state(part) for part in simulation.modules[n]], simulation.meters[n].count
+            puts = simulation.buffers[n].count if n < 2 else 0
+            before, _ = finished.setdefault(n, (now, puts))
+            assert before[1] == now[1]
+            assert all(map(equal, before[0], now[0]))  # weights and BatchNorm statistics
+        return trained
+
+    simulation.turn = turn
+    train(simulation)
+    assert simulation.steps == [12, 12, 12]
+    assert all(simulation.buffers[n].count > finished[n][1] for n in (0, 1))
+    assert simulation.buffers[0].sample()[0].grad_fn is None
+
+
+def test_learning_rates_drop_layer_by_layer_with_a_new_optimizer():
+    simulation = make("--buffer", 2, "--epochdecay", 2, "--nepochs", 6, "--lr", 0.5, "--noise", 0.5)
+    before, drops = [*simulation.optimizers], []
+
+    def end_epoch(n):
+        type(simulation).end_epoch(simulation, n)
+        changed = [m for m in range(3) if simulation.optimizers[m] is not before[m]]
+        done = simulation.steps[n] / 4
+        assert changed == ([n] if done in (2, 4) else [])
+        if changed:
+            optimizer = before[n] = simulation.optimizers[n]
+            drops.append((n, done, optimizer.param_groups[0]["lr"]))
+            assert all(not s["momentum_buffer"].any() for s in optimizer.state.values())
+            assert simulation.turns.first == [0, 0, 1, 1, 2, 2]
+
+    simulation.end_epoch = end_epoch
+    train(simulation)
+    assert sorted(drops) == [(n, e, pytest.approx(0.5 / 5 ** (e // 2))) for n in range(3) for e in (2, 4)]
+
+
+def test_evaluate_equals_forward_upto_n():
+    simulation = train(make("--buffer", 2))
+    model, args = simulation.model, simulation.args
+    images = torch.randint(256, (30, 32, 32, 3), dtype=torch.uint8)
+    batches = utils.Batches(images, torch.arange(30) % 4, 8, "cpu")
+    layers, ensembles = script.evaluate(model, utils.autocast(args, torch.device("cpu")), batches)
+    with torch.no_grad():
+        for n in range(3):
+            top1 = ensemble = 0
+            for x, y in batches:
+                logits = [model(x, i, upto=True)[0] for i in range(n + 1)]
+                weights = [2**i / (2 ** (n + 1) - 1) for i in range(n + 1)]
+                top1 += (logits[n].argmax(1) == y).sum().item()
+                average = sum(w * values for w, values in zip(weights, logits))
+                ensemble += (average.argmax(1) == y).sum().item()
+            assert layers[n] == pytest.approx(100 * top1 / 30)
+            assert ensembles[n] == pytest.approx(100 * ensemble / 30)
+
+
+def test_evaluate_on_quantised_inputs_is_what_the_layers_are_trained_on():
+    simulation = train(make("--buffer", 2, "--quantize", "2,4"))
+    model, (first, second) = simulation.model.eval(), (b.quantizer for b in simulation.buffers)
+    images, labels = torch.randint(256, (30, 32, 32, 3), dtype=torch.uint8), torch.arange(30) % 4
+    (x, y), *_ = batches = utils.Batches(images, labels, 30, "cpu")
+    top1, _ = script.evaluate(model, simulation.autocast, batches, [first, second])
+    with torch.no_grad():
+        for n, quantizer in enumerate([first, second, None]):
+            logits, x = model(x, n)
+            assert top1[n] == pytest.approx(100 * (logits.argmax(1) == y).float().mean().item())
+            x = quantizer and quantizer.decode(quantizer.encode(x))
+
+
+# Compression
+
+
+@pytest.mark.parametrize("codewords, dtype", [(2, torch.uint8), (256, torch.uint8), (300, torch.int16)])
+@pytest.mark.parametrize("groups", [1, 4])
+def test_inputs_that_are_codewords_come_back_as_they_were(groups, codewords, dtype):
+    torch.manual_seed(0)
+    quantizer = buffer.ProductQuantizer(16, groups, codewords)
+    quantizer.CHUNK = 1000  # several chunks
+    quantizer.codebook.normal_()
+    indices = torch.randint(codewords, (4, 8, 8, groups)).to(dtype)
+    x = quantizer.decode(indices)
+    assert x.shape == (4, 16, 8, 8)
+    assert x.is_contiguous(memory_format=torch.channels_last)
+    assert quantizer.encode(x).dtype == dtype
+    assert torch.equal(quantizer.encode(x), indices)
+    assert torch.equal(quantizer.decode(quantizer.encode(x)), x)
+
+
+def test_an_index_is_that_of_the_nearest_codeword():
+    torch.manual_seed(0)
+    quantizer = buffer.ProductQuantizer(6, 3, 10)
+    quantizer.update(torch.randn(4, 6, 8, 8))
+    x = torch.randn(2, 6, 4, 4)
+    indices = quantizer.encode(x)
+    for b, i, j, g in itertools.product(range(2), range(4), range(4), range(3)):
+        distances = (quantizer.codebook[g] - x[b, 2 * g : 2 * g + 2, i, j]).square().sum(1)
+        assert indices[b, i, j, g] == distances.argmin()
+
+
+def test_the_distortion_falls():
+    torch.manual_seed(0)
+    quantizer, errors = buffer.ProductQuantizer(16, 4, 16), []
+    for _ in range(50):
+        quantizer.update(torch.randn(8, 16, 8, 8).relu())
+        errors.append(quantizer.read_error())
+    assert math.isnan(errors[0])  # there was no codebook yet
+    assert errors[-1] < 0.8 * errors[1]
+    x = torch.randn(8, 16, 8, 8).relu()
+    error = (quantizer.decode(quantizer.encode(x)) - x).square().sum() / x.square().sum()
+    assert error == pytest.approx(errors[-1], rel=0.1)
+    assert math.isnan(quantizer.read_error())  # nothing seen since
+
+
+def test_dead_codewords_are_revived():
+    torch.manual_seed(0)
+    quantizer = buffer.ProductQuantizer(8, 2, 8)
+    for _ in range(5):
+        quantizer.update(torch.randn(8, 8, 8, 8))
+    quantizer.codebook[:, 3:] += 1000.0  # too far from everything
+    quantizer.sums[:, 3:] += 1000.0 * quantizer.counts[:, 3:, None]
+    for _ in range(100):
+        quantizer.update(torch.randn(8, 8, 8, 8))
+    assert quantizer.codebook.abs().max() < 10
+    assert all(len(quantizer.encode(torch.randn(8, 8, 8, 8))[..., g].unique()) == 8 for g in range(2))
+
+
+def test_the_bytes_are_those_of_the_tensors():
+    simulation = make("--buffer", 3, "--quantize", "2,16")
+    train(simulation)
+    for ring, (channels, side, _) in zip(simulation.buffers, [(4, 32, 32), (8, 16, 16)]):
+        tensors = [ring.stored, ring.labels, *ring.quantizer.buffers()]
+        assert ring.num_bytes() == sum(t.nelement() * t.element_size() for t in tensors)
+        assert ring.stored.dtype == torch.uint8
+        assert ring.stored.nbytes == 3 * BATCH * side * side * 2
+        codebooks = ring.quantizer.codebook.nbytes + ring.quantizer.sums.nbytes
+        assert codebooks == 2 * 4 * 16 * channels
+        assert ring.uncompressed_bytes() == 3 * BATCH * (4 * channels * side * side + 8)
+        assert ring.sample()[0].shape == (BATCH, channels, side, side)
+
+
+# The script
+
+
+def test_log(tmp_path):
+    flags = ["--buffer", 2, "--noise", 0.2, "--layer_noise", 1, "--quantize", "4,8"]
+    assert run(SCRIPT, *QUICK, *flags, cwd=tmp_path)[0] == 0
+    lines = log_of(tmp_path)
+    assert "slowdown: 1.250 of layer 1" in lines
+    stored = 2 * BATCH * 4 * (32 * 32 + 16 * 16) + 2 * 8 * 2 * BATCH
+    stored += sum(8 * 8 * c + 4 * 4 * 8 + 16 for c in (4, 8))  # codebook and sums, counts, errors
+    plain = 2 * BATCH * 4 * (4 * 32 * 32 + 8 * 16 * 16) + 2 * 8 * 2 * BATCH
+    assert (
+        f"buffers: 2 of 2 batches, {stored:,} bytes, {plain / stored:.2f} times fewer than uncompressed float32"
+        in lines
+    )
+    number = r"(\d+\.\d+)"
+    for i, epoch in enumerate((1, 2, 3)):
+        *published, quantised, error = lines[-15 + 5 * i :][:5]
+        for n, line in enumerate(published):
+            match = re.fullmatch(
+                rf"n: {n}, epoch {epoch},epochtrue (\d), train {number}, test {number},ense {number}", line
+            )
+            assert match, line
+            assert epoch <= int(match[1]) <= 3
+            assert all(0 <= float(x) <= 100 for x in match.groups()[1:])
+        assert re.fullmatch(rf"epoch {epoch}, test on quantised inputs: {number}, {number}, {number}", quantised)
+        assert re.fullmatch(rf"epoch {epoch}, relative MSE of the quantised outputs: {number}, {number}", error)
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--buffer", 3, "--noise", 0.5, "--layer_noise", 1, "--epochdecay", 1],
+        ["--buffer", 3, "--quantize", "2,8", "--max-buffer-reuse", 2, "--buffer-sampling", "random"],
+        ["--buffer", 0, "--precision", "bf16", "--ensemble", 0],
+    ],
+    ids=["noise", "quantize", "sequential"],
+)
+def test_a_run_stopped_between_log_lines_and_resumed_equals_one_that_was_not(flags, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    for folder in (whole, stopped):
+        folder.mkdir()
+    assert run(SCRIPT, *QUICK, *flags, cwd=whole)[0] == 0
+    utils, meter_updates = load(FOLDER, "utils"), itertools.count(1)
+    update = utils.Meter.update
+
+    def stopping(meter, *batch):
+        if next(meter_updates) in (27, 30):  # the first steps, and those after the first resumption
+            raise SystemExit("stopped")
+        update(meter, *batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(utils.Meter, "update", stopping)
+        patch.setattr("conftest.COMMON_NAMES", ())  # so that the script gets this utils
+        for _ in range(2):
+            assert run(SCRIPT, *QUICK, *flags, "--resume", "auto", cwd=stopped)[2] == "stopped\n"
+    assert next(stopped.glob("*.pt"))
+    assert run(SCRIPT, *QUICK, *flags, "--resume", "auto", cwd=stopped)[0] == 0
+    assert_same_run(whole, stopped)
+
+
+def test_mistakes(tmp_path):
+    for flags, parts in [
+        (["--layer_noise", 3], ["--layer_noise 3", "0 to 2"]),
+        (["--noise", 1, "--buffer", 2], ["--noise", "below 1"]),
+        (["--noise", 0.1], ["--noise", "--buffer"]),
+        (["--down", "[1,2]"], ["--down [1, 2]", "behind layer 2"]),
+        (["--down", "1,2"], ["'[1,3]'"]),
+        (["--ncnn", 8, "--down", "[0,1,2,3,4,5]"], ["--down", "at most 5"]),
+        (["--quantize", "3,8"], ["--quantize", "4 channels", "3 groups"]),
+        (["--quantize", "2"], ["--quantize", "G,V"]),
+        (["--batch_size", 65], ["65", "64 training images"]),
+        (["--buffer", 10**9], ["2 buffers", "GB are free", "--buffer"]),
+    ]:
+        refused(run(SCRIPT, *QUICK, *flags, cwd=tmp_path), *parts)
+    refused(run(SCRIPT, "--data", "digits", cwd=tmp_path), "--seed")
+    assert not list(tmp_path.iterdir())
+
+
+def sweep(*flags, cwd, **changes):
+    flags = ["--jobs", 2, *flags, "--", *TINY[:-2], "--data", "digits", "--train-size", 32, "--nepochs", 1]
+    flags += [part for name, value in changes.items() for part in (f"--{name}", value)]
+    return run(f"{FOLDER}/sweep.py", *flags, cwd=cwd)
+
+
+def test_sweep_reports_a_failure_and_goes_on_where_it_was(tmp_path, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    grid = ["--buffer", 1, "--noise", 0, 0.5, "--layer_noise", 1, "--quantize", "4,4", "--save_folder", "runs"]
+    names = ["buffer1_quantize4x4_seed0", "buffer1_layer1_noise0.5_quantize4x4_seed0"]
+    folder = tmp_path / "runs"
+    folder.mkdir()
+    damaged = folder / f"cifar_buffer_{names[0]}.pt"
+    damaged.touch()
+    status, out, err = sweep(*grid, cwd=tmp_path)
+    assert status == 1
+    assert "damaged" in err
+    assert err.endswith(f"1 of 2 runs failed: {names[0]}\n")
+    (log,) = folder.glob("*.log")
+    assert log.name.endswith(f"_cifar_buffer_{names[1]}.log")
+    assert [*folder.glob("*.pt")] == [damaged]
+    damaged.unlink()
+    status, out, err = sweep(*grid, cwd=tmp_path)
+    assert (status, err) == (0, "")
+    assert out == f"2 runs, 1 of them complete already\n{names[0]}: done\n"
+    before = {log: log.read_text() for log in folder.glob("*.log")}
+    assert sweep(*grid, cwd=tmp_path)[1] == "2 runs, 2 of them complete already\n"
+    assert before == {log: log.read_text() for log in folder.glob("*.log")}
+    complete = load(FOLDER, "sweep").is_complete
+    flags = json.loads(next(iter(before.values())).splitlines()[0].removeprefix("arguments: "))
+    assert flags["resume"] == "auto"
+    other = [*map(str, TINY), "--buffer", "1", "--nepochs", "2", "--data", "digits", "--train-size", "32"]
+    assert not complete(folder, names[0], other)  # other flags
+
+
+def test_mistakes_in_a_sweep_end_it_before_it_starts(tmp_path, monkeypatch):
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    for flags, changes, parts in [
+        (["--noise", 2], {}, ["--noise"]),
+        (["--buffers", 2], {}, ["--buffers"]),
+        (["--quantize", "3,8"], {}, ["3 groups"]),
+        (["--buffer", 1], {"depth": 3}, ["--depth"]),
+        (["--buffer", 1], {"name": "mine"}, ["--name"]),
+    ]:
+        refused(sweep(*flags, cwd=tmp_path, **changes), *parts)
+    assert not list(tmp_path.iterdir())
+
+
+def test_ctrl_c_ends_a_sweep_and_its_runs(tmp_path):
+    command = [sys.executable, ROOT / FOLDER / "sweep.py", "--jobs", 1, "--seeds", 0, 1, "--", *TINY[:-2]]
+    command += ["--data", "digits", "--nepochs", 1000]
+    process = subprocess.Popen([*map(str, command)], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (children := psutil.Process(process.pid).children()) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert len(children) == 1
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=30)[1] == "\nInterrupted; the same command goes on from here.\n"
+    assert process.returncode == -signal.SIGINT
+    assert not any(child.is_running() for child in children)
+
+
+@pytest.mark.parametrize("logs", ["committed", "one run"])
+def test_the_notebook_runs(logs, tmp_path):
+    folder = ROOT / FOLDER
+    environment = {**os.environ, "PICTURE": str(tmp_path / "picture.png")}
+    if logs == "one run":
+        environment["LOGS"] = str(tmp_path)
+        assert run(SCRIPT, *QUICK, "--nepochs", 1, cwd=tmp_path)[0] == 0
+        (tmp_path / "20260101-000000_cifar_buffer_stopped.log").write_text(
+            next(tmp_path.glob("*.log")).read_text()[:3000]
+        )
+    command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--output-dir", str(tmp_path)]
+    done = subprocess.run([*command, folder / "BufferCurves.ipynb"], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+    assert ("left out, not complete" in (tmp_path / "BufferCurves.ipynb").read_text()) == (logs == "one run")
+
+
+def test_memory_is_compared_with_what_is_free(monkeypatch):
+    buffers = make("--buffer", 3).buffers
+    needed, step = sum(b.num_bytes() for b in buffers), 6 * 4 * BATCH * 4 * 32 * 32
+    monkeypatch.setattr(script, "available_memory", lambda device: needed + step)
+    make("--buffer", 3)
+    monkeypatch.setattr(script, "available_memory", lambda device: needed + step - 1)
+    with pytest.raises(SystemExit, match="2"):
+        make("--buffer", 3)
+    make("--buffer", 3, "--quantize", "1,4")  # fits
+    assert 0 < buffer.available_memory(torch.device("cpu")) < 2**50
