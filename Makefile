@@ -19,7 +19,7 @@ demo: $(ENVIRONMENT)
 	@echo; echo "Logs and picture:"; ls demo/*.log demo/*.png
 
 test: $(ENVIRONMENT)
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check

@@ -153,10 +153,82 @@ def dni_comparisons(args):
     )
 
 
+def auxiliary_nets_study(args):
+    for type_aux in ("mlp-sr", "mlp", "cnn"):
+        c = Context("auxiliary_nets_study", "cifar_dgl", args)
+        c.network(c.script.DGLNet(10, type_aux))
+        yield (
+            f"auxiliary_nets_study: {type_aux}",
+            lambda c=c: c.script.train_epoch(c.model, c.optimizers, c.scalers, c.autocast, c.train, c.meters),
+            lambda c=c: c.script.evaluate(c.model, c.autocast, c.test),
+        )
+
+
+def ddg_comparisons(args):
+    """ResNet-110, K = 2. DDG's graphs that wait from pass to pass are not in its peak memory: see memory.py there."""
+    for name, script in (
+        ("backprop", "cifar_backprop"),
+        ("DGL", "cifar_dgl"),
+        ("DDG", "cifar_ddg"),
+        ("FR", "cifar_features_replay"),
+    ):
+        c = Context("ddg_comparisons", script, args)
+        modules = c.args.num_splits
+        network = c.script.DGLNet if name == "DGL" else c.script.ResNet
+        c.model = c.utils.prepare(network(10, c.args.depth, modules), c.args, c.device)
+        scaler, meter = c.utils.grad_scaler(c.args, c.device), c.utils.Meter(c.device)
+        if name == "backprop":
+            parts = [c.script.make_optimizer(c.model), scaler]
+        else:
+            parts = [c.script.make_optimizers(c.model), [scaler] * modules]
+        delays = {
+            "DDG": lambda c=c: [c.script.Delays(c.model, c.autocast)],
+            "FR": lambda c=c: [c.script.Delays(c.model)],
+        }
+        parts += [c.autocast, c.train, [meter] * modules if name == "DGL" else meter, *delays.get(name, list)()]
+        yield (
+            f"ddg_comparisons: {name}",
+            lambda c=c, parts=parts: c.script.train_epoch(c.model, *parts),
+            lambda c=c: c.script.evaluate(c.model, c.autocast, c.test),
+        )
+
+
+def buffer_experiments(args):
+    """A row of 128 images is a step of each of the six layers. The buffers' own cost is a row of its own."""
+    for name, flags in (("", []), (", --quantize 8,256", ["--quantize", "8,256"])):
+        c = Context("buffer_experiments", "cifar_buffer", args, ["--seed", "0", "--buffer", "2", *flags])
+        c.model = c.utils.prepare(c.script.make_network(c.args, 10), c.args, c.device)
+        simulation = c.script.Simulation(c.args, c.model, c.train, c.device)
+        outputs = [torch.randn(BATCH, *shape, device=c.device) for shape in c.model.shapes[:-1]]
+        outputs = [x.to(memory_format=torch.channels_last) for x in outputs]
+        labels = torch.zeros(BATCH, dtype=torch.long, device=c.device)
+
+        def turns(c=c, simulation=simulation):
+            for _ in range(len(c.train)):
+                for n in range(len(c.model.blocks)):
+                    simulation.turn(n)
+
+        def buffers(c=c, simulation=simulation, outputs=outputs, labels=labels):
+            for _ in range(len(c.train)):
+                for buffer, output in zip(simulation.buffers, outputs):
+                    buffer.put(output, labels)
+                    buffer.sample()
+
+        yield (
+            f"buffer_experiments: simulation{name}",
+            turns,
+            lambda c=c: c.script.evaluate(c.model, c.autocast, c.test),
+        )
+        yield f"buffer_experiments: the buffers of it alone{name}", buffers, None
+
+
 def rows(args):
     """(name, one training pass, one evaluation pass or None) of every script, over --batches batches."""
     yield from learning_curves(args)
     yield from dni_comparisons(args)
+    yield from auxiliary_nets_study(args)
+    yield from ddg_comparisons(args)
+    yield from buffer_experiments(args)
 
 
 def seconds(work, device, passes=PASSES):
@@ -194,7 +266,7 @@ def peak_memory(work, device):
         work()
     events = (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
     sizes = (size for _, size in sorted((e.start_ns(), e.nbytes()) for e in events))  # negative: freed
-    return max(itertools.accumulate(sizes)) / 2**20
+    return max(itertools.accumulate(sizes), default=0) / 2**20
 
 
 def main():

@@ -14,15 +14,27 @@ import pytest
 import torch
 from conftest import ROOT, load, run
 
-# Each script with flags for a run of several quick epochs on the digits.
-QUICK = ["--data", "digits", "--train-size", 40, "--batch-size", 16, "--threads", 1, "--epochs", 3]
+# Each script with flags for a run of several quick epochs on the digits, of three batches, whether or not the script
+# trains on incomplete ones: 39 images, and the last is alone.
+QUICK = ["--data", "digits", "--train-size", 40, "--batch-size", 13, "--threads", 1, "--epochs", 3]
 SCRIPTS = {
+    "auxiliary_nets_study/cifar_dgl.py": [*QUICK, "--feature_size", 4, "--block_size", 2],
+    "buffer_experiments/cifar_buffer.py": [
+        *[*QUICK, "--seed", 1, "--buffer", 3, "--layer-sequence", "sequential"],  # random turns: test_buffer.py
+        *["--ncnn", 3, "--down", "[0]", "--feature_size", 4],
+    ],
+    "ddg_comparisons/cifar_backprop.py": [*QUICK, "--depth", 8],
+    "ddg_comparisons/cifar_ddg.py": [*QUICK, "--depth", 14, "--num_splits", 3],
+    "ddg_comparisons/cifar_dgl.py": [*QUICK, "--depth", 8],
+    "ddg_comparisons/cifar_features_replay.py": [*QUICK, "--depth", 14, "--num_splits", 3],
     "dni_comparisons/cifar_cnn_dni.py": [*QUICK, "--dni", "--context"],
     "dni_comparisons/cifar_dgl.py": QUICK,
     "learning_curves/cifar_dgl.py": QUICK,
     "learning_curves/cifar_sequential_greedy.py": QUICK,
 }
-EPOCH_LINE = re.compile(r"n: (\d+), epoch (\d+), loss: (\S+), train top1:(\S+) test top1:(\S+)")
+EPOCH_LINE = re.compile(
+    r"n: (\d+), epoch (\d+),(?: loss: |epochtrue )(\S+), train (?:top1:)?(\S+?),? test (?:top1:)?(\S+?)(?:,ense \S+)?"
+)
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 # Runs a script and sends its process a signal at a certain update of a meter.
@@ -150,14 +162,14 @@ def test_the_same_seed_gives_the_same_run_and_another_seed_another(script, whole
 
 @every_script
 def test_interrupted_killed_and_resumed_equals_never_stopped(script, whole_run, tmp_path):
-    third = updates_of(whole_run(script)) // 3 + 1
-    stopped = run_until(signal.SIGINT, third, script, "--resume", "auto", cwd=tmp_path)  # Ctrl-C
+    updates = updates_of(whole_run(script))
+    stopped = run_until(signal.SIGINT, updates // 2 + 1, script, "--resume", "auto", cwd=tmp_path)  # Ctrl-C
     assert "Traceback" not in stopped.stderr
     (checkpoint,) = tmp_path.glob("*.pt")
     assert f"--resume {checkpoint.name}" in stopped.stderr
     next(tmp_path.glob("*.log")).open("a").write("n: 1, ep")  # as if in the middle of a line
     epoch = checkpoint_of(tmp_path)["epoch"]
-    run_until(signal.SIGKILL, third, script, "--resume", "auto", cwd=tmp_path)
+    run_until(signal.SIGKILL, updates // 3 + 1, script, "--resume", "auto", cwd=tmp_path)
     assert 0 < epoch < checkpoint_of(tmp_path)["epoch"] < checkpoint_of(whole_run(script))["epoch"]
     (log,) = tmp_path.glob("*.log")
     log.write_text(log.read_text()[:100])  # killed while it was being restored
@@ -247,7 +259,7 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_left_as_it_was(script, wh
         ("other", other, [], "a checkpoint of another.py"),
         ("network", network, [], "another network"),
         ("digest", {**network, "data": "other images"}, [], "trained on other images"),
-        ("flags", content, ["--batch-size", 20], "--batch-size 16"),
+        ("flags", content, ["--batch-size", 20], "--batch-size 13"),
         ("data", content, ["--data", "digits", "--train-size", 50], "--train-size 40"),
     ]:
         path = tmp_path / f"{case}.pt"

@@ -102,6 +102,17 @@ def test_a_last_training_batch_of_one_image_is_left_out(size, training, sizes):
 # Data sets
 
 
+def test_drop_last_leaves_an_incomplete_training_batch_out(capsys):
+    batches = utils.Batches(*random_set(11), 4, "cpu", torch.Generator(), drop_last=True)
+    assert [len(labels) for _, labels in batches] == [4, 4]
+    assert len(batches) == 2
+    args = utils.ArgumentParser(__file__, "").parse_args(["--data", "digits", "--train-size", "10"])
+    args.batch_size, args.test_batch_size, args.seed = 16, 16, 0
+    with pytest.raises(SystemExit):
+        utils.load_data(args, torch.device("cpu"), drop_last=True)
+    assert "--batch-size 16" in capsys.readouterr().err
+
+
 def test_digits():
     data = load_data("--data", "digits")
     assert (len(data.train.labels), len(data.test.labels), data.num_classes) == (1500, 297, 10)

@@ -1,0 +1,98 @@
+"""End-to-end training on ImageNet: what imagenet_dgl.py is compared with (Section 5.4, arXiv 1901.08164).
+
+The published runs, which without a GPU train in float32:
+
+    python imagenet.py IMAGENET_DIR -j THREADS --arch resnet152 --half --dynamic-loss-scale
+    python imagenet.py IMAGENET_DIR -j THREADS --arch vgg13_bn --half --dynamic-loss-scale
+    python imagenet.py IMAGENET_DIR -j THREADS --arch vgg19_bn --half --dynamic-loss-scale
+
+Several GPUs, or CPUs, that share each batch:
+
+    torchrun --nproc_per_node=4 imagenet.py IMAGENET_DIR --arch resnet152
+
+Writes a log with a line an epoch, and a checkpoint to --resume from.
+"""
+
+import torch
+import torch.nn.functional as F
+
+import data
+import models
+import ranks
+import training
+import utils
+
+
+def parse_args(argv=None):
+    parser = training.make_parser(__file__, __doc__)
+    return training.check(parser, parser.parse_args(argv))
+
+
+def make_model(args, num_classes):
+    try:
+        return models.build_plain(args.arch, num_classes, data.image_size(args))
+    except ValueError as error:
+        utils.fail(error)
+
+
+def train_epoch(model, optimizer, scaler, autocast, batches, meter):
+    """One epoch of backpropagation through the whole network."""
+    model.train()
+    for images, labels in batches:
+        with autocast:
+            logits = model(images)
+            loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        meter.update(loss, logits, labels)
+
+
+@torch.no_grad()
+def evaluate(model, autocast, batches):
+    """[top-1, top-5] in %, over the images of all ranks."""
+    model.eval()
+    correct = torch.zeros(2, dtype=torch.float64, device=batches.device)
+    count = torch.zeros((), device=batches.device)
+    for images, labels in batches:
+        with autocast:
+            logits = model(images)
+        correct += training.hits(logits, labels)
+        count += len(labels)
+    return (100 * ranks.add_up(correct) / ranks.add_up(count)).tolist()
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    if args.flops:
+        return training.print_costs(models.costs(make_model(args, 1000), data.image_size(args)))
+    device = ranks.setup(args)
+    images = data.load_data(args, device)
+    model = training.prepare(make_model(args, images.num_classes), args, device)
+    parallel = ranks.data_parallel(model)
+    optimizer, scaler = training.sgd(model, args, device, args.start_epoch), training.grad_scaler(args, device)
+    autocast = utils.autocast(args, device)
+    meter = training.Meter(device)
+    run = training.Run(args, images, model=model, optimizer=optimizer, scaler=scaler)
+    if args.evaluate:
+        run.log("test top1:{:.3f} (top5:{:.3f})".format(*evaluate(model, autocast, images.test)))
+        return ranks.end()
+    for epoch in run.epochs(args.epochs):
+        if epoch % args.epochdecay == 0:  # with the new learning rate, momentum and loss scale start anew
+            optimizer, scaler = training.sgd(model, args, device, epoch), training.grad_scaler(args, device)
+            run.parts.update(optimizer=optimizer, scaler=scaler)
+        batches = run.watch(images.train, [meter], epoch)
+        train_epoch(parallel, optimizer, scaler, autocast, batches, meter)
+        ranks.average_buffers(model)
+        test1, test5 = evaluate(model, autocast, images.test)
+        loss, top1, top5 = run.read(meter, 0, epoch)
+        train, test = f"train top1:{top1:.3f}(top5:{top5:.3f})", f"test top1:{test1:.3f} (top5:{test5:.3f})"
+        run.log(f"lr: {training.learning_rate(args, epoch):g}, epoch {epoch}, {train}, {test}")
+        run.scalars(epoch, 0, loss=loss, train_top1=top1, test_top1=test1)
+        run.end_epoch(epoch, test1)
+    ranks.end()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""ImageNet networks: the paper's VGGs and ResNets, cut as published, and any other network, cut by `decouple`."""
+
+import difflib
+
+import torchvision
+
+from . import published
+from .costs import costs
+from .decouple import decouple
+from .dgl_net import DGLNet
+
+__all__ = ["ARCHITECTURES", "DGLNet", "build_dgl", "build_plain", "costs", "decouple"]
+
+ARCHITECTURES = torchvision.models.list_models(module=torchvision.models)
+
+
+def build_dgl(arch, num_classes, image_size, block_size=None, num_modules=None, balance="flops", nlin=3, mlp=3):
+    """The network `arch` as a DGLNet on images (B, 3, image_size, image_size).
+
+    Args:
+        arch: vgg11, vgg13, vgg16, vgg19 and resnet18 to resnet152 are the paper's networks, cut as published; any
+            other name is torchvision's network, cut by `decouple`, and so is a ResNet that balances the memory.
+        block_size: of a published VGG, the number of convolutions in a module (1).
+        num_modules: of all others, K (2).
+        balance: see `decouple`.
+        nlin, mlp: 1x1 convolutions and hidden layers of the auxiliary networks.
+
+    Raises:
+        ValueError: no such architecture, or it cannot be cut like this, or not for images of this size.
+    """
+    check(arch)
+    if arch in published.VGGS:
+        if num_modules is not None or balance == "memory":
+            wrong = "num_modules" if num_modules is not None else "balance"
+            raise ValueError(f"{arch} is cut by block_size; {wrong} is for the other networks, {arch}_bn included")
+        return published.vgg(arch, num_classes, image_size, 1 if block_size is None else block_size, nlin, mlp)
+    if block_size is not None:
+        vggs = ", ".join(published.VGGS)
+        raise ValueError(f"{arch} is cut by num_modules; block_size is for the paper's VGGs: {vggs}")
+    num_modules = 2 if num_modules is None else num_modules
+    if arch in published.RESNETS and balance == "flops":
+        return published.resnet(arch, num_classes, image_size, num_modules, nlin, mlp)
+    model = build_plain(arch, num_classes, image_size)
+    try:
+        return decouple(model, num_modules, num_classes, image_size, balance, nlin, mlp)
+    except ValueError as error:
+        raise ValueError(f"{arch}: {error}") from None
+
+
+def build_plain(arch, num_classes, image_size):
+    """Torchvision's network `arch`, with new weights: images (B, 3, image_size, image_size) -> logits.
+
+    googlenet and inception_v3 come without their auxiliary classifiers.
+    """
+    check(arch)
+    options = {}
+    if arch in ("googlenet", "inception_v3"):
+        options = {"aux_logits": False, "init_weights": True}
+    elif arch.startswith("vit_"):
+        options = {"image_size": image_size}
+    elif arch.startswith("maxvit_"):
+        options = {"input_size": (image_size, image_size)}
+    try:
+        return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **options)
+    except (AssertionError, ValueError) as error:  # of the transformers whose patches must fill the image
+        reason = str(error).split("\n")[0]
+        raise ValueError(f"{arch} cannot be built for {image_size}-pixel images: {reason}") from None
+
+
+def check(arch):
+    if arch not in ARCHITECTURES:
+        near = difflib.get_close_matches(arch, ARCHITECTURES, 3)
+        hint = f"did you mean {' or '.join(near)}?" if near else "any classification model of torchvision is one"
+        raise ValueError(f"no architecture {arch!r}: {hint}")

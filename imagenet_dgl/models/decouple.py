@@ -1,0 +1,284 @@
+"""Any network as a DGL network: cut where a single tensor crosses, so that the heaviest module is as light as possible.
+
+A network is traced to a list of operations in the order in which they run. Place p in this list is the one in front of
+operation p: a cut there makes operation p the first one of the next block.
+"""
+
+import inspect
+import itertools
+
+import torch
+from torch import fx, nn
+
+from .auxiliary import auxiliary_net
+from .costs import BATCH, Meter, key, meta_images, on_meta
+from .dgl_net import DGLNet
+
+ACTIVATIONS = {"relu", "relu6", "gelu", "silu", "hardswish", "sigmoid", "tanh", "elu", "leaky_relu", "selu", "mish"}
+REARRANGING = {"flatten", "movedim", "permute", "reshape", "swapaxes", "transpose", "unflatten", "view"}
+
+
+def decouple(model, num_modules, num_classes, image_size, balance="flops", nlin=3, mlp=3):
+    """Cut a network into `num_modules` modules and give each but the last one an auxiliary network.
+
+    Of all places where one tensor crosses, those are taken that make the heaviest module, its auxiliary network
+    included, as light as possible. The last auxiliary network is the model's own classifier: its last layer with
+    parameters, and what pools, drops or reshapes right before it. With one module nothing is added: DGL is backprop.
+
+    Args:
+        model: images (B, 3, image_size, image_size) -> logits (B, num_classes), such as a torchvision classification
+            model or an `nn.Sequential`, on any device. Its parameters are used, not copied.
+        num_modules: K.
+        balance: what makes a module heavy: "flops", of its forward pass, or "memory", what it keeps for the backward
+            pass of a batch (parameters not included).
+        nlin, mlp: 1x1 convolutions and hidden layers of the auxiliary networks: mlp-sr for a representation
+            (B, C, H, W) or (B, side, side, C), an mlp of width D on the mean token for (B, N, D), and on (B, D). The
+            hidden layers of mlp-sr have 4C units, which is a lot behind wide layers; they count in the balance.
+
+    Returns:
+        a DGLNet; its blocks, composed, and its last auxiliary network are the model, and parameters keep their names.
+
+    Raises:
+        ValueError: the model cannot be traced, does not make logits (B, num_classes) of such images, or cannot be cut
+            into that many modules (the message says into how many it can).
+    """
+    if balance not in ("flops", "memory"):
+        raise ValueError(f"balance is 'flops' or 'memory', not {balance!r}")
+    network = Network(model, image_size, lambda shape, last: auxiliary_net(shape, num_classes, nlin, mlp, last))
+    logits = network.values[network.nodes[-1]]
+    if not torch.is_tensor(logits) or logits.shape != (BATCH, num_classes):
+        found = (
+            f"a {type(logits).__name__}" if not torch.is_tensor(logits) else f"(B, {str([*logits.shape[1:]])[1:-1]})"
+        )
+        raise ValueError(f"{type(model).__name__} gives {found} instead of logits (B, {num_classes})")
+    cuts = network.best_cuts(num_modules, balance)
+    blocks = [network.part(*ends) for ends in itertools.pairwise([1, *cuts, network.head])]
+    parameter = next(model.parameters())
+    nets = [network.make_net(*network.layout(cut)).to(parameter.device, parameter.dtype) for cut in cuts]
+    return DGLNet(blocks, [*nets, network.part(network.head, network.end)])
+
+
+class Tracer(fx.Tracer):
+    """Looks into modules, but not into layers, and not into those whose behaviour in training would be frozen.
+
+    Args:
+        deep: whether to look into other modules than nn.Sequential.
+    """
+
+    proxy_buffer_attributes = True  # a buffer is read in the forward pass and not once while tracing
+
+    def __init__(self, deep):
+        super().__init__()
+        self.deep = deep
+
+    def is_leaf_module(self, module, name):
+        bases = [c for c in type(module).__mro__ if c.__module__.startswith("torch.nn.modules.")]
+        if any(c.__module__ not in ("torch.nn.modules.container", "torch.nn.modules.module") for c in bases):
+            return True  # a layer, or a subclass of one
+        functions = [
+            f for c in type(module).__mro__ if c not in bases for f in vars(c).values() if inspect.isfunction(f)
+        ]
+        if any("training" in f.__code__.co_names for f in functions):
+            return True
+        return not self.deep and not isinstance(module, nn.Sequential)
+
+
+def trace(model):
+    """The graph of the model's operations."""
+    modes = {module: module.training for module in model.modules()}
+    for deep in (True, False):
+        try:
+            training, evaluation = (Tracer(deep).trace(model.train(mode)) for mode in (True, False))
+            break
+        except Exception as error:  # the model's own code runs here, with stand-ins for tensors
+            reason = str(error).strip().split("\n")[0]
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+    else:
+        raise ValueError(f"{type(model).__name__} cannot be traced; an nn.Sequential of its parts can ({reason})")
+    if str(training) != str(evaluation):
+        raise ValueError(f"{type(model).__name__}.forward asks for self.training; do that in a submodule (nn.Dropout)")
+    return training
+
+
+class Network(fx.Interpreter):
+    """A model as a list of operations, with what each gives, costs and saves, and the places where it can be cut.
+
+    Args:
+        make_net: from the shape of a representation, and whether its channels are last, to an auxiliary network.
+    """
+
+    def __init__(self, model, image_size, make_net):
+        graph = trace(model)
+        super().__init__(on_meta(model), garbage_collect_values=False, graph=graph)
+        self.model, self.make_net, self.nodes = model, make_net, list(graph.nodes)
+        self.index = {node: i for i, node in enumerate(self.nodes)}
+        self.end = len(self.nodes) - 1  # the place before the output
+        if [node.op for node in self.nodes].count("placeholder") != 1:
+            raise ValueError(f"{type(model).__name__}.forward must take one tensor, the images")
+        self.crossing = self.find_crossing()
+        self.values, self.saved, self.versions, self.flops = {}, {}, {}, [0]
+        with Meter(self.module) as self.meter:
+            try:
+                self.run(meta_images(self.module, image_size))
+            except Exception as error:
+                reason = str(error).strip().split("\n")[0]
+                raise ValueError(f"{type(model).__name__} fails on {image_size}-pixel images: {reason}") from None
+        self.dtype = next(self.module.parameters(), torch.empty(0)).dtype
+        self.trains = {node: any(t.requires_grad for t in self.tensors(node)) for node in self.nodes}
+        self.layers = [0, *itertools.accumulate(self.trains.values())]  # with parameters, in front of a place
+        if not self.layers[-1]:
+            raise ValueError(f"{type(model).__name__} has no parameters to train")
+        places = self.possible_cuts()
+        # The classifier begins behind the last layer but one; if that is no place for a cut, behind an earlier one.
+        self.head = max([1, *places], key=lambda p: (self.layers[p] < self.layers[-1], self.layers[p], -p))
+        self.places = [p for p in places if 0 < self.layers[p] < self.layers[self.head]]
+
+    def find_crossing(self):
+        """The value that crosses each place where just one does."""
+        last_use = {node: max([self.index[user] for user in node.users], default=-1) for node in self.nodes}
+        alive, crossing = set(), {}
+        for p, node in enumerate(self.nodes):
+            alive = {value for value in alive if last_use[value] >= p}
+            if len(alive) == 1:
+                crossing[p] = next(iter(alive))
+            alive.add(node)
+        return crossing
+
+    def run_node(self, node):
+        self.meter.saved = self.saved[node] = {}
+        self.values[node] = super().run_node(node)
+        self.flops.append(self.meter.flops)
+        p = self.index[node] + 1
+        if torch.is_tensor(self.values.get(self.crossing.get(p))):
+            self.versions[p] = self.values[self.crossing[p]]._version
+        return self.values[node]
+
+    def tensors(self, node):
+        """The parameters and buffers of an operation."""
+        if node.op == "call_module":
+            module = self.fetch_attr(node.target)
+            return [*module.parameters(), *module.buffers()]
+        return [self.values[node]] if node.op == "get_attr" else []
+
+    def possible_cuts(self):
+        uses = {}  # by parameter or buffer: the operations that need it
+        for i, node in enumerate(self.nodes):
+            for tensor in self.tensors(node):
+                uses.setdefault(id(tensor), []).append(i)
+        shared = {p for used in uses.values() for p in range(used[0] + 1, used[-1] + 1)}  # would be in two modules
+        places = [p for p in self.versions if p not in shared and self.is_place(p)]
+        return list({self.crossing[p]: p for p in places}.values())  # of those that differ in nothing, the last
+
+    def is_place(self, p):
+        value, producer = self.values[self.crossing[p]], self.crossing[p]
+        if self.versions[p] != value._version:
+            return False  # changed in place by the next block, but the auxiliary network needs it as it is
+        if not (value.is_floating_point() and 2 <= value.dim() <= 4 and len(value) == BATCH and self.layout(p)):
+            return False
+        consumers = [user for user in producer.users if self.index[user] >= p]
+        # A layer keeps its normalisation and its activation
+        if any(self.is_a(n, "activation") and self.name_of(n) != "multiheadattention" for n in consumers):
+            return False
+        layer = self.is_a(producer, "conv") or self.is_a(producer, "linear")
+        return not (layer and any(self.is_a(n, "batchnorm") or self.is_a(n, "normalization") for n in consumers))
+
+    def layout(self, p):
+        """The shape of what crosses and whether its channels are last, by the operations that follow; None if unclear.
+
+        Unclear are what is about to be rearranged, such as the windows (B, window, pixel, D) of an attention, and
+        tokens that are not last, (B, D, N).
+        """
+        shape = self.values[self.crossing[p]].shape
+        for node in self.nodes[p:] if len(shape) > 2 else []:
+            value, layer = self.values[node], self.fetch_attr(node.target) if node.op == "call_module" else None
+            if node.op == "get_attr" or not torch.is_tensor(value):
+                continue
+            if value.dim() == 2:  # pooled or flattened
+                break
+            if self.name_of(node) in REARRANGING:
+                return None
+            if type(layer) in (nn.LayerNorm, nn.Linear):  # and not a subclass for channels that are first
+                width = layer.normalized_shape[-1] if type(layer) is nn.LayerNorm else layer.in_features
+                square = len(shape) == 3 or shape[1] == shape[2]
+                return (shape, True) if square and width == shape[-1] else None
+            if any(self.is_a(node, kind) for kind in ("conv", "batchnorm", "pooling")):
+                return (shape, False) if len(shape) == 4 else None
+        return shape, False
+
+    def name_of(self, node):
+        """Of the function, the method or the module's class, in lower case."""
+        target = type(self.fetch_attr(node.target)) if node.op == "call_module" else node.target
+        return getattr(target, "__name__", str(target)).lower().rstrip("_")
+
+    def is_a(self, node, kind):
+        """Whether an operation is a layer of a kind, which is the name of a file of torch.nn.modules."""
+        if node.op == "call_module":
+            return kind in {c.__module__.rpartition(".")[2] for c in type(self.fetch_attr(node.target)).__mro__}
+        return kind == "activation" and self.name_of(node) in ACTIVATIONS
+
+    def best_cuts(self, num_modules, balance):
+        """The places of the num_modules - 1 cuts whose heaviest module is the lightest: dynamic programming."""
+        largest = 1 + len({self.layers[p] for p in self.places})
+        if not 1 <= num_modules <= largest:
+            possible = f"1 to {largest} modules" if largest > 1 else "1 module only"
+            raise ValueError(f"{type(self.model).__name__} can be cut into {possible}, not {num_modules}")
+        if num_modules == 1:
+            return []
+        weights = self.weights(balance)
+        best = {1: (0, 0, [])}  # by place, for what is before it: heaviest module, sum of the modules, cuts
+        for k in range(1, num_modules + 1):
+            shorter, best = best, {}
+            for b in self.places if k < num_modules else [self.end]:
+                options = [
+                    (max(heaviest, weights[a, b]), total + weights[a, b], a)
+                    for a, (heaviest, total, _) in shorter.items()
+                    if a < b and self.layers[a] < self.layers[min(b, self.head)]
+                ]
+                if options:
+                    heaviest, total, a = min(options)
+                    best[b] = heaviest, total, [*shorter[a][2], b]
+        return best[self.end][2][:-1]
+
+    def weights(self, balance):
+        """FLOPs, or bytes saved for the backward pass, of the module between any two places."""
+        nets, weights = {}, {}
+        for p in self.places:
+            layout = self.layout(p)
+            nets[p] = nets[layout] if layout in nets else nets.setdefault(layout, self.weigh_net(*layout))
+        for a in [1, *self.places]:
+            with_gradient, saved = set(), {}
+            for p in range(a, self.end + 1):
+                if p in nets or p == self.end:
+                    flops, nbytes, saves_input = nets.get(p, (0, 0, False))
+                    if balance == "flops":
+                        weights[a, p] = self.flops[p] - self.flops[a] + flops
+                    else:
+                        x = self.values[self.crossing[p]]
+                        twice = key(x) in saved or not saves_input
+                        weights[a, p] = sum(saved.values()) + nbytes + (0 if twice else x.untyped_storage().nbytes())
+                node = self.nodes[p]
+                # The module's input has no gradient: what is done to it before the first layer saves nothing
+                if self.trains[node] or not with_gradient.isdisjoint(node.all_input_nodes):
+                    with_gradient.add(node)
+                    saved.update(self.saved[node])
+        return weights
+
+    def weigh_net(self, shape, channels_last):
+        """An auxiliary network's FLOPs, the bytes it saves besides its input, and whether it saves its input."""
+        with torch.device("meta"):  # no random numbers are drawn
+            net = self.make_net(shape, channels_last).to(self.dtype)
+        x = torch.empty(shape, device="meta", dtype=self.dtype, requires_grad=True)
+        with Meter(net) as meter:
+            net(x)
+        return meter.flops, sum(n for k, n in meter.saved.items() if k != key(x)), key(x) in meter.saved
+
+    def part(self, start, end):
+        """What is between two places, as a module."""
+        graph = fx.Graph()
+        copies = {self.crossing[start]: graph.placeholder("x")}
+        for node in self.nodes[start:end]:
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+        graph.output(copies[self.crossing[end]])
+        return fx.GraphModule(self.model, graph)
