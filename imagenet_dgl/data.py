@@ -51,15 +51,17 @@ class Order(Sampler):
     """This rank's share of each batch, as a list of (index, seed); with a generator, each pass in a new order.
 
     A training batch has as many images on every rank, and two at least (BatchNorm needs them): what is over at the end
-    of a pass is left out. Validation images are shared out evenly but for one.
+    of a pass is left out. Validation images are shared out evenly but for one. With a pipeline, the ranks in question
+    are the replicas of the first module.
     """
 
-    def __init__(self, size, batch_size, generator=None, max_batches=None):
+    def __init__(self, size, batch_size, generator=None, max_batches=None, pipeline=None):
         self.size, self.batch_size, self.generator, self.max_batches = size, batch_size, generator, max_batches
+        self.rank, self.ranks = (pipeline.replica, pipeline.replicas) if pipeline else (ranks.RANK, ranks.COUNT)
 
     def __len__(self):
         complete, rest = divmod(self.size, self.batch_size)
-        batches = complete + (rest // ranks.COUNT > 1 if self.generator else rest > ranks.RANK)
+        batches = complete + (rest // self.ranks > 1 if self.generator else rest > self.rank)
         return min(batches, self.max_batches or batches)
 
     def __iter__(self):
@@ -68,8 +70,8 @@ class Order(Sampler):
             order = torch.randperm(self.size, generator=self.generator)
             seeds = torch.randint(2**62, (self.size,), generator=self.generator)
         for batch in torch.stack((order, seeds), dim=1).split(self.batch_size)[: len(self)]:
-            keep = len(batch) // ranks.COUNT * ranks.COUNT if self.generator else len(batch)
-            yield batch[:keep][ranks.RANK :: ranks.COUNT].tolist()
+            keep = len(batch) // self.ranks * self.ranks if self.generator else len(batch)
+            yield batch[:keep][self.rank :: self.ranks].tolist()
 
 
 def collate(items):
@@ -98,12 +100,13 @@ class Batches:
     A file that cannot be read ends the program, or with --skip-corrupt is named once and counted in `skipped`.
     """
 
-    def __init__(self, args, images, device, generator=None):
+    def __init__(self, args, images, device, generator=None, pipeline=None):
         self.device, self.generator, self.skip_corrupt = device, generator, args.skip_corrupt
         self.skipped, self.named = 0, set()
+        max_batches = DEBUG_STEPS if args.debug else None
         self.loader = DataLoader(
             images,
-            batch_sampler=Order(len(images), args.batch_size, generator, DEBUG_STEPS if args.debug else None),
+            batch_sampler=Order(len(images), args.batch_size, generator, max_batches, pipeline),
             num_workers=args.workers,
             collate_fn=fill_up if generator else collate,
             pin_memory=device.type == "cuda",
@@ -123,7 +126,7 @@ class Batches:
             if len(labels):
                 yield self.normalise(images), labels.to(self.device, non_blocking=True)
             elif self.generator:
-                utils.fail("a training batch in which no image can be read")
+                utils.fail(f"a training batch in which no image can be read{ranks.here()}")
 
     def normalise(self, images):
         images = images.to(self.device, non_blocking=True, memory_format=torch.channels_last)
@@ -131,7 +134,7 @@ class Batches:
 
     def report(self, what):
         if not self.skip_corrupt:
-            utils.fail(f"cannot read the image {what} (--skip-corrupt goes on without it)")
+            utils.fail(f"cannot read the image {what}{ranks.here()} (--skip-corrupt goes on without it)")
         self.skipped += 1
         if what not in self.named:
             self.named.add(what)
@@ -141,10 +144,10 @@ class Batches:
 class DummyBatches:
     """The same random batch again and again, on the device: what training costs without reading images."""
 
-    def __init__(self, args, size, num_images, num_classes, device, generator=None):
+    def __init__(self, args, size, num_images, num_classes, device, generator=None, pipeline=None):
         self.device, self.generator, self.skipped = device, generator, 0
-        self.order = Order(num_images, args.batch_size, generator, DEBUG_STEPS if args.debug else None)
-        shape = args.batch_size // ranks.COUNT, 3, size, size
+        self.order = Order(num_images, args.batch_size, generator, DEBUG_STEPS if args.debug else None, pipeline)
+        shape = args.batch_size // self.order.ranks, 3, size, size
         self.images = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
         self.labels = torch.randint(num_classes, shape[:1], device=device)
 
@@ -156,21 +159,49 @@ class DummyBatches:
             yield self.images, self.labels
 
 
+class ReceivedBatches:
+    """What the module before sends, (representations, labels), in evaluation with the ensemble's sum."""
+
+    def __init__(self, pipeline, num_batches, kind):
+        self.pipeline, self.num_batches, self.kind = pipeline, num_batches, kind
+        self.device, self.generator, self.skipped = pipeline.device, torch.Generator(), 0
+
+    def __len__(self):
+        return self.num_batches
+
+    def __iter__(self):
+        return self.pipeline.receive(len(self), self.kind)
+
+
 def image_size(args):
     """Pixels of an image's side."""
     return args.image_size or (224 if args.large_size_images else 112)
 
 
-def load_data(args, device):
-    """Training and validation batches of DIR, or with --dummy of a set of ImageNet's size."""
-    if args.batch_size % ranks.COUNT or args.batch_size < 2 * ranks.COUNT:
-        utils.fail(
-            f"--batch-size {args.batch_size} cannot be shared out to {ranks.COUNT} ranks, two images each or more"
-        )
+def load_data(args, device, pipeline=None):
+    """Training and validation batches of DIR, or with --dummy of a set of ImageNet's size.
+
+    With a pipeline, only the ranks of the first module load images, and tell the others what they need to know.
+    """
+    if pipeline and not pipeline.is_first:
+        *lengths, num_classes, description = pipeline.broadcast(None)
+        received = (ReceivedBatches(pipeline, *of_pass) for of_pass in zip(lengths, ("train", "test")))
+        return utils.Data(*received, num_classes, description)
+    images = load_images(args, device, pipeline)
+    if pipeline:
+        pipeline.broadcast([len(images.train), len(images.test), images.num_classes, images.description])
+    return images
+
+
+def load_images(args, device, pipeline):
+    sharers = pipeline.replicas if pipeline else ranks.COUNT
+    if args.batch_size % sharers or args.batch_size < 2 * sharers:
+        utils.fail(f"--batch-size {args.batch_size} cannot be shared out to {sharers} ranks, two images each or more")
     size, generator = image_size(args), torch.Generator().manual_seed(args.seed)
     if args.dummy:
-        train = DummyBatches(args, size, 1_281_167, 1000, device, generator)
-        return utils.Data(train, DummyBatches(args, size, 50_000, 1000, device), 1000, "random numbers, 1000 classes")
+        train = DummyBatches(args, size, 1_281_167, 1000, device, generator, pipeline)
+        val = DummyBatches(args, size, 50_000, 1000, device, pipeline=pipeline)
+        return utils.Data(train, val, 1000, "random numbers, 1000 classes")
     root = Path(args.data)
     try:
         train, val = ImageFolder(root / "train"), ImageFolder(root / "val")
@@ -179,13 +210,14 @@ def load_data(args, device):
     if train.classes != val.classes:
         different = sorted({*train.classes} ^ {*val.classes})[:10]
         utils.fail(f"the classes in {root}/train and {root}/val differ: {different}")
-    if len(train) < 2 * ranks.COUNT:
-        fail_at(root, f"{len(train)} training images; two for each of the ranks ({ranks.COUNT}) are needed")
+    if len(train) < 2 * sharers:
+        fail_at(root, f"{len(train)} training images; two for each of the ranks ({sharers}) are needed")
     crop = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
     centre = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
     counts = f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes"
-    batches = Batches(args, Images(train, crop), device, generator), Batches(args, Images(val, centre), device)
-    return utils.Data(*batches, len(train.classes), f"image folder, {counts}")
+    train_batches = Batches(args, Images(train, crop), device, generator, pipeline)
+    val_batches = Batches(args, Images(val, centre), device, pipeline=pipeline)
+    return utils.Data(train_batches, val_batches, len(train.classes), f"image folder, {counts}")
 
 
 def fail_at(root, error):

@@ -32,7 +32,7 @@ def make_model(args, num_classes):
     try:
         return models.build_plain(args.arch, num_classes, data.image_size(args))
     except ValueError as error:
-        utils.fail(error)
+        ranks.fail(error)
 
 
 def train_epoch(model, optimizer, scaler, autocast, batches, meter):
@@ -63,6 +63,7 @@ def evaluate(model, autocast, batches):
     return (100 * ranks.add_up(correct) / ranks.add_up(count)).tolist()
 
 
+@ranks.one_message()
 def main(argv=None):
     args = parse_args(argv)
     if args.flops:

@@ -15,11 +15,19 @@ Any other torchvision network, and several GPUs, or CPUs, that share each batch:
   python imagenet_dgl.py IMAGENET_DIR --arch convnext_tiny --num-modules 3
   torchrun --nproc_per_node=4 imagenet_dgl.py IMAGENET_DIR --arch vgg19 --block_size 4
 
+A module on each GPU, or CPU, trained really at the same time, with the same result (module_parallel.py):
+
+  torchrun --nproc_per_node=4 imagenet_dgl.py IMAGENET_DIR --arch vgg19 --block_size 4 --module-parallel
+
 Writes a log with a line a module and epoch, and a checkpoint to --resume from.
 """
 
+import contextlib
+import time
+
 import torch
 import torch.nn.functional as F
+from module_parallel import ModuleParallel
 from torch import nn
 
 import data
@@ -43,7 +51,28 @@ def parse_args(argv=None):
     add("--nlin", type=utils.at_least(0), default=3, help="1x1 convolutions in an auxiliary network")
     add("--mlp", type=utils.at_least(0), default=3, help="hidden layers in an auxiliary network")
     add("--ensemble", type=int, choices=[0, 1], default=1, help="test the ensembles of modules 0 to n too")
-    return training.check(parser, parser.parse_args(argv))
+    add("--module-parallel", action="store_true", help="with torchrun: each rank trains one module")
+    add("--profile", action="store_true", help="with --module-parallel: print what each rank's time is spent on")
+    args = training.check(parser, parser.parse_args(argv))
+    if args.profile and not args.module_parallel:
+        parser.error("--profile is for --module-parallel")
+    return args
+
+
+def make_pipeline(args, device):
+    """This rank's place among the modules, with --module-parallel."""
+    if not args.module_parallel:
+        return None
+    try:
+        num_modules = models.count_modules(args.arch, args.block_size, args.num_modules)
+        if ranks.COUNT % num_modules:
+            raise ValueError(
+                f"--module-parallel with {num_modules} modules needs torchrun --nproc_per_node={num_modules}, or a "
+                f"multiple of it for replicas that share each batch; the number of ranks is {ranks.COUNT}"
+            )
+    except ValueError as error:
+        ranks.fail(error)
+    return ModuleParallel(num_modules, device, args.batch_size * num_modules // ranks.COUNT, args.profile)
 
 
 def make_model(args, num_classes):
@@ -51,57 +80,69 @@ def make_model(args, num_classes):
     try:
         return models.build_dgl(args.arch, num_classes, data.image_size(args), *cut, args.nlin, args.mlp)
     except ValueError as error:
-        utils.fail(error)
+        ranks.fail(error)
 
 
 class Module(nn.Module):
-    """A block with its auxiliary network: what has an optimizer of its own, and what the ranks train together."""
+    """A block with its auxiliary network: what has an optimizer, and a stream of random numbers, of its own."""
 
     def __init__(self, block, auxiliary_net):
         super().__init__()
-        self.block, self.auxiliary_net = block, auxiliary_net
+        self.block, self.auxiliary_net, self.stream = block, auxiliary_net, contextlib.nullcontext()
 
     def forward(self, x):
-        representation = self.block(x)
-        return self.auxiliary_net(representation), representation
+        with self.stream:
+            representation = self.block(x)
+            return self.auxiliary_net(representation), representation
 
 
-def train_epoch(modules, optimizers, scalers, autocast, batches, meters):
-    """One epoch of synchronous DGL (Algorithm 1): a module updates before the next one sees the batch."""
+def train_epoch(modules, optimizers, scalers, autocast, batches, meters, pipeline=None):
+    """One epoch of synchronous DGL (Algorithm 1): a module updates before the next one sees the batch.
+
+    With a pipeline there is one module on each rank: x is what the module before has sent.
+    """
     for module in modules:
         module.train()
-    for images, labels in batches:
-        x = images
+    for x, labels in batches:
         for module, optimizer, scaler, meter in zip(modules, optimizers, scalers, meters):
             with autocast:
                 logits, representation = module(x)
                 loss = F.cross_entropy(logits, labels)
+            x = representation.detach()  # update unlocking: nothing flows back across modules
+            if pipeline:
+                pipeline.send(x, labels)  # on its way during the backward pass
             optimizer.zero_grad()
             scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
             scaler.step(optimizer)
             scaler.update()
             meter.update(loss, logits, labels)
-            x = representation.detach()  # update unlocking: nothing flows back across modules
 
 
 @torch.no_grad()
-def evaluate(model, autocast, batches):
+def evaluate(modules, autocast, batches, pipeline=None):
     """[module's, ensemble's] [top-1, top-5] in % for every module, in one pass over the images of all ranks.
 
-    The ensemble is that of modules 0 to n: softmax outputs averaged with weights 2^i / sum.
+    The ensemble is that of modules 0 to n: softmax outputs averaged with weights 2^i / sum. With a pipeline, the sum up
+    to the module before comes with the batch.
     """
-    model.eval()
-    correct = torch.zeros(len(model.blocks), 2, 2, dtype=torch.float64, device=batches.device)
+    for module in modules:
+        module.eval()
+    first, num_modules = (pipeline.n, pipeline.num_modules) if pipeline else (0, len(modules))
+    correct = torch.zeros(num_modules, 2, 2, dtype=torch.float64, device=batches.device)
     count = torch.zeros((), device=batches.device)
-    for images, labels in batches:
-        x, total = images, 0
-        for n in range(len(model.blocks)):
+    for x, labels, *total in batches:
+        total = total[0] if total else 0
+        for n, module in enumerate(modules, start=first):
             with autocast:
-                logits, x = model(x, n)
+                logits, x = module(x)
             total = total + 2**n * logits.float().softmax(1)  # the division by the sum changes no prediction
             correct[n, 0] += training.hits(logits, labels)
             correct[n, 1] += training.hits(total, labels)
-        count += len(labels)
+        if pipeline:
+            pipeline.send(x, labels, total, kind="test")
+        count += len(labels) * (first == 0)
+    if pipeline:
+        pipeline.end_pass(len(batches))
     return (100 * ranks.add_up(correct) / ranks.add_up(count)).tolist()
 
 
@@ -110,32 +151,92 @@ def tested_text(args, module, ensemble):
     return text + ", top1ens:{:.3f} top5ens:{:.3f}".format(*ensemble) if args.ensemble else text
 
 
+class Share:
+    """A list of one thing a module, of which this rank has only its own module's, as a checkpoint sees it: whole."""
+
+    def __init__(self, pipeline, own):
+        self.pipeline, self.own = pipeline, own
+
+    def state_dict(self):
+        """The list of all states on rank 0; None on the others."""
+        return self.pipeline.gather(self.own.state_dict())
+
+    def load_state_dict(self, states):
+        self.own.load_state_dict(states[self.pipeline.n])
+
+
+class ModelShare(models.DGLNet):
+    """The network on a rank that has only module n of it: of the others there is no data (meta device)."""
+
+    def __init__(self, model, pipeline):
+        super().__init__(model.blocks, model.auxiliary_nets)
+        self.pipeline = pipeline
+        for parts in (self.blocks, self.auxiliary_nets):
+            for n, part in enumerate(parts):
+                if n != pipeline.n:
+                    part.to("meta")
+
+    def _get_name(self):
+        return models.DGLNet.__name__
+
+    def state_dict(self):
+        names = super().state_dict()
+        states = self.pipeline.gather({name: tensor for name, tensor in names.items() if not tensor.is_meta})
+        return states and {name: next(state[name] for state in states if name in state) for name in names}
+
+    def load_state_dict(self, state):
+        for kind, parts in self.named_children():
+            prefix = f"{kind}.{self.pipeline.n}."
+            own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+            parts[self.pipeline.n].load_state_dict(own)
+
+
+@ranks.one_message()
 def main(argv=None):
     args = parse_args(argv)
     if args.flops:
         return training.print_costs(models.costs(make_model(args, 1000), data.image_size(args)))
     device = ranks.setup(args)
-    images = data.load_data(args, device)
-    model = training.prepare(make_model(args, images.num_classes), args, device)
-    modules = [ranks.data_parallel(Module(*parts)) for parts in zip(model.blocks, model.auxiliary_nets)]
-    optimizers = [training.sgd(module, args, device, args.start_epoch) for module in modules]
-    scalers = [training.grad_scaler(args, device) for _ in modules]
+    pipeline = make_pipeline(args, device)
+    images = data.load_data(args, device, pipeline)
+    model = make_model(args, images.num_classes)
+    mine, group, replica, replicas = range(len(model.blocks)), None, ranks.RANK, ranks.COUNT
+    if pipeline:
+        mine, group, replica, replicas = [pipeline.n], pipeline.group, pipeline.replica, pipeline.replicas
+        model = ModelShare(model, pipeline)
+    modules = [training.prepare(Module(model.blocks[n], model.auxiliary_nets[n]), args, device, group) for n in mine]
+    parallel = [ranks.data_parallel(module, group) for module in modules]
+
+    def optimization(epoch):
+        """Of each module an optimizer and a loss scaler, and both as they are in a checkpoint."""
+        optimizers = [training.sgd(module, args, device, epoch) for module in modules]
+        scalers = [training.grad_scaler(args, device) for _ in modules]
+        both = {"optimizers": optimizers, "scalers": scalers}
+        return optimizers, scalers, {k: Share(pipeline, *v) for k, v in both.items()} if pipeline else both
+
+    optimizers, scalers, parts = optimization(args.start_epoch)
     autocast = utils.autocast(args, device)
-    meters = [training.Meter(device) for _ in modules]
-    run = training.Run(args, images, model=model, optimizers=optimizers, scalers=scalers)
+    meters = [training.Meter(device) for _ in model.blocks]  # of all modules, for the log
+    run = training.Run(args, images, pipeline, model=model, **parts)
     if args.evaluate:
-        for n, tested in enumerate(evaluate(model, autocast, images.test)):
+        for n, tested in enumerate(evaluate(modules, autocast, images.test, pipeline)):
             run.log(f"n: {n}, {tested_text(args, *tested)}")
         return ranks.end()
     for epoch in run.epochs(args.epochs):
         if epoch % args.epochdecay == 0:  # with the new learning rate, momentum and loss scale start anew
-            optimizers = [training.sgd(module, args, device, epoch) for module in modules]
-            scalers = [training.grad_scaler(args, device) for _ in modules]
-            run.parts.update(optimizers=optimizers, scalers=scalers)
-        batches = run.watch(images.train, meters, epoch)
-        train_epoch(modules, optimizers, scalers, autocast, batches, meters)
-        ranks.average_buffers(model)
-        for n, tested in enumerate(evaluate(model, autocast, images.test)):
+            optimizers, scalers, parts = optimization(epoch)
+            run.parts.update(parts)
+        for n, module in zip(mine, modules):
+            module.stream = training.RandomStream(training.random_seed(args, epoch, n * replicas + replica), device)
+        begin, batches = time.perf_counter(), run.watch(images.train, meters, epoch)
+        train_epoch(parallel, optimizers, scalers, autocast, batches, [meters[n] for n in mine], pipeline)
+        if pipeline:
+            pipeline.end_pass(len(images.train))
+        if args.profile:
+            run.show_profile(time.perf_counter() - begin)
+        for module in modules:
+            ranks.average_buffers(module, group)
+        for n, tested in enumerate(evaluate(modules, autocast, images.test, pipeline)):
             loss, top1, top5 = run.read(meters[n], n, epoch)
             train = f"train top1:{top1:.3f}(top5:{top5:.3f})"
             run.log(f"n: {n}, epoch {epoch}, {train}, {tested_text(args, *tested)}")

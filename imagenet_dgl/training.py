@@ -1,6 +1,7 @@
 """What imagenet_dgl.py and imagenet.py share beside data and ranks: flags, optimizers, meters, log and checkpoints."""
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -97,9 +98,9 @@ def print_costs(rows):
 # Model and optimizers
 
 
-def prepare(model, args, device):
-    """utils.prepare; with --sync-bn, BatchNorm over all ranks."""
-    return utils.prepare(ranks.sync_batch_norm(model, device) if args.sync_bn else model, args, device)
+def prepare(model, args, device, group=None):
+    """utils.prepare; with --sync-bn, BatchNorm over all ranks (of a process group)."""
+    return utils.prepare(ranks.sync_batch_norm(model, device, group) if args.sync_bn else model, args, device)
 
 
 def learning_rate(args, epoch):
@@ -178,6 +179,44 @@ class Meter:
         return loss / count, 100 * top1 / count, 100 * top5 / count
 
 
+# Random numbers
+
+
+class RandomStream:
+    """In a `with` block torch's random numbers, such as dropout's, are a stream of their own; outside nothing changes.
+
+    Each module draws from its own, so that it does not matter which other modules its process trains.
+    """
+
+    def __init__(self, seed, device):
+        self.device = device
+        outside = self.get()
+        torch.manual_seed(seed)
+        self.inside = self.get()
+        self.set(outside)
+
+    def get(self):
+        return torch.get_rng_state(), torch.cuda.get_rng_state() if self.device.type == "cuda" else None
+
+    def set(self, state):
+        torch.set_rng_state(state[0])
+        if self.device.type == "cuda":
+            torch.cuda.set_rng_state(state[1])
+
+    def __enter__(self):
+        self.outside = self.get()
+        self.set(self.inside)
+
+    def __exit__(self, *error):
+        self.inside = self.get()
+        self.set(self.outside)
+
+
+def random_seed(args, epoch, place):
+    """For dropout: another one for each epoch and each place, the number of a rank or of a module's replica."""
+    return (args.seed * 10_000 + epoch) * 10_000 + place
+
+
 # Log and checkpoints
 
 
@@ -200,11 +239,13 @@ class Best:
 class Run(utils.Run):
     """utils.Run with epochs from 0, the best checkpoint kept as `<checkpoint>_best.pt`, and rank 0 alone writing."""
 
-    may_differ = utils.MAY_DIFFER | {"print_freq", "skip_corrupt", "start_epoch", "tensorboard", "workers"}
+    may_differ = utils.MAY_DIFFER | {
+        *["module_parallel", "print_freq", "profile", "skip_corrupt", "start_epoch", "tensorboard", "workers"],
+    }
     network = ("arch", "balance", "block_size", "mlp", "nlin", "num_modules", "script")
 
-    def __init__(self, args, data, **parts):
-        self.best, self.writer = Best(), None
+    def __init__(self, args, data, pipeline=None, **parts):
+        self.best, self.writer, self.pipeline = Best(), None, pipeline
         if args.evaluate:
             self.may_differ = {*vars(args), *self.may_differ}.difference(self.network)
         super().__init__(args, data, best=self.best, **parts)
@@ -235,34 +276,57 @@ class Run(utils.Run):
     def epochs(self, last):
         """The epochs still to do, counted from 0."""
         for epoch in super().epochs(last):
-            # Dropout: for each epoch and rank a stream of its own, on all devices, that --resume need not restore
-            torch.manual_seed((self.args.seed * 10_000 + epoch) * 10_000 + ranks.RANK)
+            torch.manual_seed(random_seed(self.args, epoch - 1, ranks.RANK))  # anew: --resume need not restore it
             yield epoch - 1
 
+    def read(self, meter, n, epoch):
+        try:
+            return super().read(meter, n, epoch)
+        except SystemExit:  # on all ranks
+            if ranks.RANK:
+                raise SystemExit(1) from None
+            raise
+
+    def check(self, loss, n, epoch):
+        if self.pipeline:
+            first, replicas = n * self.pipeline.replicas, self.pipeline.replicas
+            n = f"{n} on rank {first}" if replicas == 1 else f"{n} on ranks {first} to {first + replicas - 1}"
+        super().check(loss, n, epoch)
+
     def watch(self, batches, meters, epoch):
-        """The training batches, with a bar on a terminal and every --print-freq batches a line a module."""
+        """The training batches, with a bar on a terminal and every --print-freq batches a line a module.
+
+        In a pipeline, each rank has its own module's meter to show.
+        """
+        shown, sharers, screen = dict(enumerate(meters)), ranks.COUNT, sys.stdout
+        if pipeline := self.pipeline:
+            shown, sharers = {pipeline.n: meters[pipeline.n]}, pipeline.replicas
+            screen = screen if pipeline.replica else sys.__stdout__
+            pipeline.waited = dict.fromkeys(pipeline.waited, 0.0)
         times, sizes, begin = {"Time": [], "Data": []}, [], time.perf_counter()
         bar = tqdm(batches, disable=True if ranks.RANK else None, leave=False)
         for i, batch in enumerate(bar):
             times["Data"].append(time.perf_counter() - begin)
             yield batch
             due = self.args.print_freq and i % self.args.print_freq == 0
-            results = [meter.look() for meter in meters] if due else []  # waits for the device
+            results = {n: meter.look() for n, meter in shown.items()} if due else {}  # waits for the device
             times["Time"].append(time.perf_counter() - begin)
             begin += times["Time"][-1]
-            sizes.append(len(batch[1]) * ranks.COUNT)
+            sizes.append(len(batch[1]) * sharers)
             place = f"Epoch: [{epoch}][{i:{len(str(len(batches)))}}/{len(batches)}]"
-            for n, ((loss, top1, top5), (mean, mean1, mean5)) in enumerate(results):
+            for n, ((loss, top1, top5), (mean, mean1, mean5)) in results.items():
                 self.check(loss, n, epoch)
                 which = [f"n: {n}"] if len(meters) > 1 else []
                 spent = [f"{name} {t[-1]:6.3f} ({sum(t) / len(t):6.3f})" for name, t in times.items()]
                 tops = f"Acc@1 {top1:6.2f} ({mean1:6.2f})", f"Acc@5 {top5:6.2f} ({mean5:6.2f})"
-                with tqdm.external_write_mode():
+                with tqdm.external_write_mode(), contextlib.redirect_stdout(screen):
                     self.show("\t".join([place, *which, *spent, f"Loss {loss:.4e} ({mean:.4e})", *tops]))
-        self.show_speed(times["Time"], sizes, batches.device)
+        which = f"n: {pipeline.n}, " if pipeline else ""
+        with contextlib.redirect_stdout(screen):
+            self.show(which + self.speed(times["Time"], sizes, batches.device))
 
-    def show_speed(self, times, sizes, device):
-        """On the screen: images a second of all ranks, but for the first batches, and the peak of memory."""
+    def speed(self, times, sizes, device):
+        """Images a second of all ranks that share a batch, but for the first batches, and peak memory, as text."""
         first = min(len(times) // 2, 10)  # they find the fastest kernels, start workers, ...
         begin = time.perf_counter()
         memory = ""
@@ -270,7 +334,15 @@ class Run(utils.Run):
             torch.cuda.synchronize()
             memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB a rank"
         seconds = sum(times[first:]) + time.perf_counter() - begin
-        self.show(f"{sum(sizes[first:]) / seconds:.1f} training images/s{memory}")
+        return f"{sum(sizes[first:]) / seconds:.1f} training images/s{memory}"
+
+    def show_profile(self, seconds):
+        """On the screen: what each rank of the pipeline has spent the `seconds` of a training pass on."""
+        spent = torch.zeros(ranks.COUNT, 3, dtype=torch.float64, device=self.pipeline.device)
+        spent[ranks.RANK] = torch.tensor([seconds, *self.pipeline.waited.values()])
+        for rank, (total, for_input, for_send) in enumerate(ranks.add_up(spent).tolist()):
+            waits = f"waiting for input {for_input:.2f} s, for sends {for_send:.2f} s"
+            self.show(f"rank {rank}: {total:.2f} s, computing {total - for_input - for_send:.2f} s, {waits}")
 
     def end_epoch(self, epoch, top1):
         """Log how many images could not be read; keep the checkpoint if top1, the network's, is the best."""

@@ -431,7 +431,7 @@ def test_evaluate_equals_the_definition():
     class Batches(list):
         device = "cpu"
 
-    result = dgl.evaluate(model, torch.autocast("cpu", enabled=False), Batches(batches))
+    result = dgl.evaluate(Training(model).modules, torch.autocast("cpu", enabled=False), Batches(batches))
     images, labels = (torch.cat(parts) for parts in zip(*batches))
     with torch.no_grad():
         softmax = [model(images, n, upto=True)[0].softmax(1) for n in range(3)]

@@ -9,7 +9,7 @@ from .costs import costs
 from .decouple import decouple
 from .dgl_net import DGLNet
 
-__all__ = ["ARCHITECTURES", "DGLNet", "build_dgl", "build_plain", "costs", "decouple"]
+__all__ = ["ARCHITECTURES", "DGLNet", "build_dgl", "build_plain", "costs", "count_modules", "decouple"]
 
 ARCHITECTURES = torchvision.models.list_models(module=torchvision.models)
 
@@ -45,6 +45,12 @@ def build_dgl(arch, num_classes, image_size, block_size=None, num_modules=None, 
         return decouple(model, num_modules, num_classes, image_size, balance, nlin, mlp)
     except ValueError as error:
         raise ValueError(f"{arch}: {error}") from None
+
+
+def count_modules(arch, block_size=None, num_modules=None):
+    """The number of modules that `build_dgl` would make; ValueError if there is no such architecture."""
+    check(arch)
+    return published.count_modules(arch, block_size or 1) if arch in published.VGGS else num_modules or 2
 
 
 def build_plain(arch, num_classes, image_size):

@@ -15,6 +15,12 @@ VGGS = {"vgg11": "A", "vgg13": "B", "vgg16": "D", "vgg19": "E"}
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
+def count_modules(arch, block_size):
+    """Of a VGG, before it is built."""
+    convolutions = sum(channels != "M" for channels in cfgs[VGGS[arch]])
+    return math.ceil(convolutions / block_size)
+
+
 def vgg(arch, num_classes, image_size, block_size=1, nlin=3, mlp=3):
     """A module is `block_size` convolutions with BatchNorm and ReLU; what is left over is a last, smaller module.
 
