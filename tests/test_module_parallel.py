@@ -265,10 +265,6 @@ def torchrun(faults, tree, *flags, cwd, restarts=0):
     done = subprocess.run([*map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, timeout=200)
     seconds = time.monotonic() - begin
     left = [p for p in psutil.process_iter(["environ"]) if (p.info["environ"] or {}).get("MARK") == str(cwd)]
-        process
-        for process in psutil.process_iter(["environ"])
-        if (process.info["environ"] or {}).get("MARK") == str(cwd)
-    ]
     psutil.wait_procs(left, timeout=10)
     assert not [process for process in left if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
     assert not [*cwd.glob("*.tmp")]
@@ -290,9 +286,7 @@ def test_restarts_end_with_the_weights_of_an_undisturbed_run(tree, tmp_path):
     flags = "--nepochs", 5, "--num-modules", 2
     train(1, tree, *flags, cwd=tmp_path / "one")
     faults = "raise@0 nan@1 kill@0 none"
-    status, err, _ = torchrun(
-        faults, tree, *flags, "-p", 1, "--resume", "auto", cwd=tmp_path / "disturbed", restarts=3
-    )
+    status, err, _ = torchrun(faults, tree, *flags, "-p", 1, "--resume", "auto", cwd=tmp_path / "disturbed", restarts=3)
     assert status == 0, err
     assert err.count("ValueError: a mistake in the code") == 1
     assert (
