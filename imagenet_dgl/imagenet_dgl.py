@@ -27,7 +27,6 @@ import time
 
 import torch
 import torch.nn.functional as F
-from module_parallel import ModuleParallel
 from torch import nn
 
 import data
@@ -35,6 +34,7 @@ import models
 import ranks
 import training
 import utils
+from module_parallel import ModuleParallel
 
 
 def parse_args(argv=None):
