@@ -147,9 +147,12 @@ def test_evaluate_and_images_that_cannot_be_read(tree, tmp_path, capfd):
         new.write_bytes(b"" if path.parts[-3] == "val" and path.parts[-2] == "class0" else path.read_bytes())
     flags = "--num-modules", 2, "--nepochs", 1, "--skip-corrupt", "-b", 5
     train(1, copy, *flags, cwd=tmp_path / "one")
-    train(2, copy, *flags, "--module-parallel", cwd=tmp_path / "parallel")
-    assert_equal(tmp_path / "one", tmp_path / "parallel")
     capfd.readouterr()
+    train(2, copy, *flags, "--module-parallel", "--profile", cwd=tmp_path / "parallel")
+    assert_equal(tmp_path / "one", tmp_path / "parallel")
+    spent = r"^rank {}: \d+\.\d\d s, computing \d+\.\d\d s, waiting for input \d+\.\d\d s, for sends \d+\.\d\d s$"
+    screen = capfd.readouterr().out
+    assert all(re.search(spent.format(rank), screen, re.MULTILINE) for rank in (0, 1))
     train(2, copy, *flags, "--module-parallel", "--evaluate", "--resume", "auto", cwd=tmp_path / "parallel")
     tested = [line.partition(" train ")[2].partition(", ")[2] for line in lines(tmp_path / "parallel")]
     assert [f"n: {n}, {line}" for n, line in enumerate(tested)] == re.findall("^n: .*", capfd.readouterr().out, re.M)
