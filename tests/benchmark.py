@@ -165,15 +165,11 @@ def auxiliary_nets_study(args):
 
 
 def ddg_comparisons(args):
-    """ResNet-110, K = 2. DDG's graphs that wait from pass to pass are not in its peak memory: see memory.py there."""
-    for name, script in (
-        ("backprop", "cifar_backprop"),
-        ("DGL", "cifar_dgl"),
-        ("DDG", "cifar_ddg"),
-        ("FR", "cifar_features_replay"),
-    ):
-        c = Context("ddg_comparisons", script, args)
-        modules = c.args.num_splits
+    """ResNet-110. DDG's graphs that wait from pass to pass are not in its peak memory: see memory.py there."""
+    scripts = {"DGL": "cifar_dgl", "DDG": "cifar_ddg", "FR": "cifar_features_replay"}
+    rows = [("backprop", "cifar_backprop", 2), *((*item, K) for K in (2, 4) for item in scripts.items())]
+    for name, script, modules in rows:
+        c = Context("ddg_comparisons", script, args, ["--num_splits", f"{modules}"])
         network = c.script.DGLNet if name == "DGL" else c.script.ResNet
         c.model = c.utils.prepare(network(10, c.args.depth, modules), c.args, c.device)
         scaler, meter = c.utils.grad_scaler(c.args, c.device), c.utils.Meter(c.device)
@@ -187,7 +183,7 @@ def ddg_comparisons(args):
         }
         parts += [c.autocast, c.train, [meter] * modules if name == "DGL" else meter, *delays.get(name, list)()]
         yield (
-            f"ddg_comparisons: {name}",
+            f"ddg_comparisons: {name}" + f", K = {modules}" * (name != "backprop"),
             lambda c=c, parts=parts: c.script.train_epoch(c.model, *parts),
             lambda c=c: c.script.evaluate(c.model, c.autocast, c.test),
         )
