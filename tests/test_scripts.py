@@ -13,6 +13,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT, load, run
+from torch import nn
 
 # Each script with flags for a run of several quick epochs on the digits, of three batches, whether or not the script
 # trains on incomplete ones: 39 images, and the last is alone.
@@ -289,14 +290,23 @@ def test_two_runs_of_one_name_at_once_do_not_share_a_log(tmp_path, monkeypatch):
     assert log.read_text() == "another run's"
 
 
-def test_compile(whole_run, tmp_path):
-    """Compiled or not, the first epoch's losses agree to rounding."""
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_compile(backend, tmp_path, monkeypatch):
+    """Compiled or not, the first epoch's losses agree to rounding; the small one really is compiled to machine code."""
     if not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler")
-    script = "learning_curves/cifar_dgl.py"
-    status, _, warnings = run(script, *SCRIPTS[script], "--epochs", 1, "--compile", cwd=tmp_path)
-    assert status == 0
-    assert "recompile" not in warnings  # a part beyond the limit of recompilations would run as it is
-    logs = (log_of(folder)[1:] for folder in (tmp_path, whole_run(script)))
-    losses = [[float(match[3]) for match in map(EPOCH_LINE.fullmatch, log) if match] for log in logs]
-    assert losses[0] == pytest.approx(losses[1][:4], abs=0.05)
+    script, depth = "auxiliary_nets_study/cifar_dgl.py", 1
+    if backend == "eager":
+        compile_part, depth = nn.Module.compile, 6
+        monkeypatch.setattr(nn.Module, "compile", lambda part: compile_part(part, backend="eager"))
+    flags = [*QUICK, "--feature_size", 4, "--depth", depth, "--epochs", 1]
+    losses = []
+    for name in ("plain", "compiled"):
+        folder = tmp_path / name
+        folder.mkdir()
+        status, _, warnings = run(script, *flags, *(["--compile"] * (name == "compiled")), cwd=folder)
+        assert status == 0
+        assert "recompile" not in warnings  # a part beyond the limit of recompilations would run as it is
+        losses.append([float(match[3]) for match in map(EPOCH_LINE.fullmatch, log_of(folder)[1:]) if match])
+    assert losses[0] == pytest.approx(losses[1], abs=0.05)
+    assert len(losses[0]) == depth
