@@ -66,8 +66,9 @@ def parse_args(argv=None):
     add("--block_size", type=utils.at_least(1), default=1, help="layers of a module")
     add("--slow-layer", type=utils.at_least(0), default=0, help="the module with this layer, from 0, is slowed down")
     add("--slowdown", type=above(1, True), default=1.0, help="so many times: it sleeps in proportion to each step")
+    add("--pace", type=above(0, True), default=0.0, metavar="SECONDS", help="a step's shortest time, x --slowdown")
     add("--sync", action="store_true", help="synchronous DGL as a pipeline: each batch once, in order, waited for")
-    add("--sleep-step", type=above(0), metavar="SECONDS", help="measure only: steps sleep so long, train nothing")
+    add("--idle", action="store_true", help="measure only: steps compute nothing, they sleep for --pace")
     add("--buffer-sampling", choices=SAMPLINGS, default="priority_lifo", help="of the least used batches the newest")
     add("--max-buffer-reuse", type=utils.at_least(1), help="a batch is trained on so often at most (default: no limit)")
     add("--quantize", type=groups_and_codewords, metavar="G,V", help="send indices: G groups of channels, V codewords")
@@ -85,6 +86,8 @@ def parse_args(argv=None):
     check_network_flags(parser, args)
     if args.slow_layer >= args.ncnn:
         parser.error(f"--slow-layer {args.slow_layer}: the {args.ncnn} layers are 0 to {args.ncnn - 1}")
+    if args.idle and not args.pace:
+        parser.error("--idle: with --pace SECONDS, for which the steps sleep")
     if args.quantize and args.feature_size % args.quantize[0]:
         parser.error(f"--quantize: {args.feature_size} channels cannot be cut into {args.quantize[0]} groups")
     return args
@@ -95,6 +98,8 @@ def parse_args(argv=None):
 
 class Images:
     """What the first module reads: training batches without end."""
+
+    waited = False
 
     def __init__(self, batches):
         self.generator, self.figures = batches.generator, {}
@@ -108,6 +113,7 @@ class Received:
     """The ring buffer before a module: a thread puts into it what is received, the module samples from it.
 
     With --sync, a queue instead: each batch is given out once, in order, and the sender is at most M batches ahead.
+    `waited`: whether the last batch had to be waited for.
     """
 
     def __init__(self, args, shape, device, team):
@@ -142,6 +148,7 @@ class Received:
 
     def sample(self):
         """(representation, labels), of the least used batches the newest; None if the job is over."""
+        self.waited = self.queue is not None and self.queue.empty()
         if self.queue is not None:
             self.put(*self.queue.get())
             with contextlib.suppress(OSError):  # the receiving thread will notice too
@@ -150,6 +157,7 @@ class Received:
             while (batch := self.buffer.sample()) is None:  # nothing came yet, or all is used --max-buffer-reuse times
                 if self.team.over.is_set():
                     return None
+                self.waited = True
                 self.changed.wait(0.1)
             newest, (size, batch_size) = self.buffer.count - 1, self.buffer.labels.shape
             age = (newest - batch[1].storage_offset() // batch_size) % size
@@ -201,9 +209,10 @@ class Worker:
         self.epochs = 0
         self.optimizer, self.scaler = self.new_optimizer(), utils.grad_scaler(args, device)
         self.autocast, self.meter = utils.autocast(args, device), utils.Meter(device)
-        self.step = self.sleep_step if args.sleep_step else self.train_step
-        self.silence = torch.zeros(args.batch_size, *shape, device=device)  # what a sleeping worker sends
+        self.step = self.idle_step if args.idle else self.train_step
+        self.silence = torch.zeros(args.batch_size, *shape, device=device)  # what an idle worker sends
         self.slowdown = args.slowdown if n == args.slow_layer // args.block_size else 1
+        self.pace, self.due = self.slowdown * args.pace, time.monotonic()  # due: when the last step should have ended
         self.counts = {"samples": 0, "steps": 0, "seconds": 0.0}  # seconds: of the steps that were measured
         self.before, self.reported = None, collections.Counter()
 
@@ -236,8 +245,7 @@ class Worker:
         self.scaler.update()
         self.meter.update(loss, logits, labels)
 
-    def sleep_step(self, x, labels):
-        time.sleep(self.args.sleep_step)
+    def idle_step(self, x, labels):
         self.send(self.silence, labels)
 
     @torch.no_grad()
@@ -249,18 +257,23 @@ class Worker:
             x, labels = batch
             start = time.monotonic()
             with self.autocast:
-                self.send(self.silence if self.args.sleep_step else self.block(x), labels)
+                self.send(self.silence if self.args.idle else self.block(x), labels)
             over.wait(max(0, pace - (time.monotonic() - start)))
 
     @contextlib.contextmanager
     def timed(self):
-        """Slow a step down, if this is the slow worker, and measure how long it took with the wait before it."""
+        """Let a step last as --slowdown and --pace say, and measure how long it took with the wait before it.
+
+        What else runs on the machine shall not decide the workers' rates: a delay of up to a step is made up for.
+        """
         start, disturbed = time.monotonic(), self.disturbed()
         yield
-        if self.slowdown > 1:
+        if self.pace or self.slowdown > 1:
             if self.device.type == "cuda":
                 torch.cuda.synchronize()
-            time.sleep((self.slowdown - 1) * (time.monotonic() - start))
+            now, begin = time.monotonic(), start if self.inputs.waited else max(self.due, start - self.pace)
+            self.due = max(begin + self.pace, now + (self.slowdown - 1) * (now - start))
+            time.sleep(self.due - now)
         now = time.monotonic()
         if not (disturbed or self.disturbed()):
             self.counts["steps"] += 1
@@ -273,7 +286,7 @@ class Worker:
         while self.epochs < self.args.epochs:
             self.train_epoch()
             news = {"epochs": self.epochs, "figures": self.figures()}
-            if not self.args.sleep_step:
+            if not self.args.idle:
                 loss, news["top1"] = self.meter.read()
                 if not math.isfinite(loss):
                     raise SystemExit(f"Epoch {self.epochs}, module {self.n} on rank {self.n}: the loss is {loss}")
@@ -334,7 +347,7 @@ class Member:
         self.block.load_state_dict(self.state.pop("block"))
         self.auxiliary_net.load_state_dict(self.state.pop("auxiliary_net"))
         self.epochs = self.state["epochs"]
-        self.recent.append(news.get("top1", 0.0))  # workers that sleep have none
+        self.recent.append(news.get("top1", 0.0))  # idle workers have none
         self.figures.update({**news["figures"], "epochs": 1})
 
     def read(self):
@@ -392,7 +405,7 @@ def collect(args, team, run, network, members, test, testing):
             rank, content, (packed,) = team.news.get()
             waiting[rank].append((content, packed))
         testing.set()
-        tested = None if args.sleep_step else evaluate(network, autocast, test)
+        tested = None if args.idle else evaluate(network, autocast, test)
         testing.clear()
         figures = []
         for n, member in enumerate(members):

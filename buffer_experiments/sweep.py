@@ -82,11 +82,11 @@ def is_complete(folder, name, flags):
     """Whether a log of the run, with the same flags, has its last line."""
     wanted = json.loads(json.dumps(vars(cifar_buffer.parse_args(flags))))
     last, epochs = wanted["ncnn"] - 1, wanted["epochs"]
-    end = f"epoch {epochs}," if wanted["quantize"] else f"n: {last}, epoch {epochs},"
+    end = f"epoch {epochs}, relative MSE" if wanted["quantize"] else f"n: {last}, epoch {epochs},"
     decisive = wanted.keys() - (utils.MAY_DIFFER - {"data", "epochs"})
     for log in folder.glob(f"*_cifar_buffer_{name}.log"):
-        lines = log.read_text().splitlines()
-        if lines and lines[0].startswith("arguments: ") and lines[-1].startswith(end):
+        *lines, rest = log.read_text().split("\n")
+        if lines and not rest and lines[0].startswith("arguments: ") and lines[-1].startswith(end):
             arguments = json.loads(lines[0].removeprefix("arguments: "))
             if all(arguments.get(flag) == wanted[flag] for flag in decisive):
                 return True
@@ -126,6 +126,8 @@ def main(argv=None):
         utils.fail(f"{misplaced.pop()} is the sweep's to give to its runs")
     runs, folder, failed = grid(args, common), Path(args.save_folder), []
     todo = {name: flags for name, flags in runs.items() if not is_complete(folder, name, flags)}
+    for name in runs.keys() - todo.keys():  # if the sweep was ended between a run's last line and this
+        (folder / f"cifar_buffer_{name}.pt").unlink(missing_ok=True)
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them complete already")
     utils.say_at_interrupt("Interrupted; the same command goes on from here.")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that the runs are ended

@@ -139,9 +139,6 @@ class Team:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if size > 1:
             self.connect(store, meeting)
-            signal.signal(signal.SIGTERM, self.terminated)
-        for other in self.staff:
-            self.thread(self.listen, other)
 
     def connect(self, store, meeting):
         with socket.create_server((own_host(), 0), backlog=self.size) as server:
@@ -154,6 +151,9 @@ class Team:
             else:
                 self.staff[0] = call(meeting, self.rank, address)
                 following, _ = receive(self.staff[0])
+            signal.signal(signal.SIGTERM, self.terminated)
+            for other in self.staff:  # from now on: rank 0 may train, and fail, before this rank is where it is
+                self.thread(self.listen, other)
             if following:
                 self.next = call({**meeting, "address": following[0]}, self.rank, address)
             if self.rank:
@@ -197,7 +197,7 @@ class Team:
         self.threads[-1].start()
 
     def tell(self, other, content, tensors=()):
-        with self.lock:
+        with self.lock, contextlib.suppress(OSError):  # if the other has gone, `listen` says so
             send(self.staff[other], content, tensors)
 
     def report(self, content, tensors=()):
@@ -220,7 +220,7 @@ class Team:
                 if self.rank == 0:
                     return self.end(f"Rank {other} died", DIED)
                 if not self.over.is_set():
-                    print(f"Rank 0 died: rank {self.rank} ends too", file=sys.stderr, flush=True)
+                    complain(f"Rank 0 died: rank {self.rank} ends too")
                     os._exit(1)
                 return None
             if "news" in content:
@@ -273,9 +273,7 @@ class Team:
         if self.over.is_set():
             return
         if self.rank:
-            with contextlib.suppress(OSError):  # if rank 0 has gone, `listen` says so
-                self.tell(0, {"reason": reason, "quality": quality})
-            return
+            return self.tell(0, {"reason": reason, "quality": quality})
         with self.ending:
             self.reasons.append((quality, reason))
             if len(self.reasons) == 1:
@@ -287,7 +285,7 @@ class Team:
             if not self.over.is_set():
                 best = max(quality for quality, _ in self.reasons)
                 reasons = dict.fromkeys(reason for quality, reason in self.reasons if quality == best)
-                print("; ".join([*reasons, *filter(None, [self.last_words()])]), file=sys.stderr, flush=True)
+                complain("; ".join([*reasons, *filter(None, [self.last_words()])]))
                 self.dismiss()
                 os._exit(1)
 
@@ -305,8 +303,9 @@ class Team:
 
     def terminated(self, *_):
         """SIGTERM: if torchrun sends it because a process has failed, rank 0 says so meanwhile, and ends this one."""
-        time.sleep(5 * REASONS)
-        raise KeyboardInterrupt
+        timer = threading.Timer(5 * REASONS, os.kill, (os.getpid(), signal.SIGINT))
+        timer.daemon = True
+        timer.start()
 
     def dismiss(self):
         """Rank 0 ends all other processes, whatever their main threads are doing."""
@@ -316,6 +315,11 @@ class Team:
             with contextlib.suppress(OSError):
                 connection.settimeout(REASONS)
                 send(connection, {"end": True})
+
+
+def complain(line):
+    """Write a line to stderr as a whole: other processes write there too, and torchrun's are unbuffered."""
+    print(f"{line}\n", end="", file=sys.stderr, flush=True)
 
 
 def keep_alive(connection):

@@ -558,8 +558,28 @@ def test_sweep_reports_a_failure_and_goes_on_where_it_was(tmp_path, monkeypatch)
     complete = load(FOLDER, "sweep").is_complete
     flags = json.loads(next(iter(before.values())).splitlines()[0].removeprefix("arguments: "))
     assert flags["resume"] == "auto"
-    other = [*map(str, TINY), "--buffer", "1", "--nepochs", "2", "--data", "digits", "--train-size", "32"]
-    assert not complete(folder, names[0], other)  # other flags
+    wanted = [*map(str, TINY), "--buffer", "1", "--quantize", "4,4", "--data", "digits", "--train-size", "32"]
+    wanted += ["--threads", "1", "--name", names[0], "--nepochs"]
+    assert complete(folder, names[0], [*wanted, "1"])
+    assert not complete(folder, names[0], [*wanted, "2"])
+    (log,) = folder.glob(f"*_cifar_buffer_{names[0]}.log")
+    *before_last, _ = log.read_text().splitlines(keepends=True)
+    for cut in ("".join(before_last), log.read_text()[:-1], ""):
+        log.write_text(cut)
+        assert not complete(folder, names[0], [*wanted, "1"])
+
+
+def test_the_committed_sweeps_are_complete():
+    """README.md's commands of sweep.py, and their logs."""
+    readme, sweeps = (ROOT / FOLDER / "README.md").read_text(), load(FOLDER, "sweep")
+    (setting,) = re.findall(r'`SETTING="(.+)"`', readme)
+    commands = re.findall(r"^    python sweep.py (.*) -- \$SETTING$", readme, re.M)
+    runs = {}
+    for command in commands:
+        runs |= sweeps.grid(*sweeps.parse_args([*command.split(), "--", *setting.split()]))
+    logs = ROOT / FOLDER / "logs"
+    assert [name for name, flags in runs.items() if not sweeps.is_complete(logs, name, flags)] == []
+    assert len(runs) == len([*logs.glob("*_cifar_buffer_*.log")]) > 0
 
 
 def test_mistakes_in_a_sweep_end_it_before_it_starts(tmp_path, monkeypatch):
@@ -596,14 +616,17 @@ def test_the_notebook_runs(logs, tmp_path):
     if logs == "one run":
         environment["LOGS"] = str(tmp_path)
         assert run(SCRIPT, *QUICK, "--nepochs", 1, cwd=tmp_path)[0] == 0
-        (tmp_path / "20260101-000000_cifar_buffer_stopped.log").write_text(
-            next(tmp_path.glob("*.log")).read_text()[:3000]
-        )
+        (log,) = tmp_path.glob("*.log")
+        (tmp_path / "20260101-000000_cifar_buffer_stopped.log").write_text(log.read_text()[:-1])
+        (tmp_path / "20260101-000000_cifar_buffer_empty.log").touch()
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--output-dir", str(tmp_path)]
     done = subprocess.run([*command, folder / "BufferCurves.ipynb"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "picture.png").stat().st_size > 10_000
-    assert ("left out, not complete" in (tmp_path / "BufferCurves.ipynb").read_text()) == (logs == "one run")
+    cells = json.loads((tmp_path / "BufferCurves.ipynb").read_text())["cells"]
+    printed = [output.get("text", []) for cell in cells for output in cell.get("outputs", [])]
+    left_out = "".join(itertools.chain(*printed)).count("left out, not complete: ")
+    assert left_out == (2 if logs == "one run" else 0)
 
 
 def test_memory_is_compared_with_what_is_free(monkeypatch):
