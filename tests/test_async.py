@@ -19,8 +19,9 @@ QUICK = ["--data", "digits", "--train-size", 40, "--batch_size", 10, *NETWORK, "
 LINE = re.compile(r"n: (\d+), epoch (\d+),epochtrue (\d+), train (\S+), test (\S+),ense (\S+)")
 WORKER = re.compile(r"worker (\d+), (all epochs|epoch \d+), steps/s: ([\d.]+)(.*)")
 
-# Lets a rank fail at an update of its meter: the one of this number, or the first when there is a certain file. If it
-# is rank 0, the others are late: they have not accepted all their connections when it happens.
+# Lets a rank fail at an update of its meter: the one of this number or, if `when` is a checkpoint, the fifth (of epoch
+# 2), once the checkpoint is there. If it is rank 0, the others are late: they have not accepted all their connections
+# when it happens.
 FAULTY = """
 import os, time
 import transport, utils
@@ -29,7 +30,9 @@ def arrange(rank, when, what):
     def faulty(meter, loss, *arguments):
         nonlocal count
         count += 1
-        if rank == here and (count == when if isinstance(when, int) else os.path.exists(when)):
+        if rank == here and count == (when if isinstance(when, int) else 5):
+            while isinstance(when, str) and not os.path.exists(when):
+                time.sleep(0.01)
             if what == "nan":
                 loss = loss * float("nan")
             elif what == "error":
