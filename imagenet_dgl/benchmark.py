@@ -39,7 +39,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: utils.fail(f"{message} (see --help)")
     add = parser.add_argument
-    add("-a", "--arch", default="cnn4", help="cnn4: four 3x3 convolutions of 64 to 256 channels, two a module; or any of torchvision's")
+    add("-a", "--arch", default="cnn4", help="cnn4: four convolutions; or any of torchvision's")
     add("--num-modules", type=utils.at_least(2), nargs="+", default=[2], metavar="K", help="modules, and ranks: 2")
     add("-b", "--batch-size", type=utils.at_least(2), default=128, help="images in a batch, of all ranks: 128")
     add("--image-size", type=utils.at_least(16), default=32, metavar="PIXELS", help="32")
