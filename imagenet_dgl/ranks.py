@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import utils
 
 RANK, COUNT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-PATIENCE = 1  # seconds in which torchrun ends this rank, if it was not this one that failed
+PATIENCE = 10  # seconds in which torchrun ends this rank, if it was not this one that failed
 
 
 def here():

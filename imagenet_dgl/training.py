@@ -35,6 +35,7 @@ def positive(text):
 def make_parser(file, doc):
     """A parser with the flags of both scripts; `check` what it has parsed."""
     parser = utils.ArgumentParser(file, doc, data=False)
+    parser.error = lambda message: ranks.fail(f"{message} (see --help)")
     add = parser.add_argument
     add("data", metavar="DIR", nargs="?", help="images in train/<class>/ and val/<class>/")
     add("-a", "--arch", default="resnet18", help="network: vgg11, vgg13, vgg16, vgg19, or any of torchvision's")
