@@ -265,7 +265,8 @@ def work(rank, args, num_modules, store, results):
     if rank == 0:
         busy = 0.0 if args.cuda else 1.0  # a CPU's transfers take the time of the cores that compute
         computed = [schedule.rates(m, link, busy, args.microbatches) for m in measured]
-        results.put((rates, memory, computed, size[0] / link, link))
+        modules = [[sum(times) for times in zip(*m["DGL"])] for m in measured]
+        results.put((rates, memory, computed, modules, size[0] / link, link))
 
 
 def main(argv=None):
@@ -284,7 +285,7 @@ def main(argv=None):
             ranks = mp.spawn(work, (args, num_modules, f"{folder}/store", results), num_modules, join=False)
             while not ranks.join():
                 pass
-        rates, memory, computed, transfer, link = results.get()
+        rates, memory, computed, modules, transfer, link = results.get()
         for way in ("DGL, heaviest module", "DGL, module-parallel"):
             name = "DGL, module-parallel, predicted" if "parallel" in way else way
             rates[name] = [args.batch_size * found[way] for found in computed]
@@ -294,7 +295,9 @@ def main(argv=None):
             spread = f"{min(values):.0f} to {max(values):.0f}"
             peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in memory.get(way, []) if peak)
             print(f"| {num_modules} | {way} | {rate:.0f} | {spread} | {rate / base:.2f} | {peaks} |", flush=True)
-        print(f"\nLink: {link / 1e9:.2f} GB/s; the largest representation takes {1e3 * transfer:.1f} ms\n")
+        times = ", ".join(f"{1e3 * statistics.median(seconds):.1f}" for seconds in zip(*modules))
+        print(f"\nModules, alone on the machine: {times} ms a batch")
+        print(f"Link: {link / 1e9:.2f} GB/s; the largest representation takes {1e3 * transfer:.1f} ms\n")
     draw(args, table)
 
 

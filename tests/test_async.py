@@ -178,6 +178,7 @@ def assert_same(weights, others):
 
 
 SYNC = ["--sync", "--nepochs", 4, "--epochdecay", 3]
+BLOCKS = ["--ncnn", 5, "--block_size", 2]  # two layers a module, and one in the last
 SLEEP = ["--idle", "--pace", 0.05, "--train-size", 200, "--nepochs", 2]  # 40 steps
 SLOW = ["--slow-layer", 1, "--slowdown", 2]
 RUNS = {  # name: (flags, share of messages lost, seconds by which they are delayed)
@@ -185,6 +186,8 @@ RUNS = {  # name: (flags, share of messages lost, seconds by which they are dela
     "quantize": (["--buffer", 5, "--nepochs", 3, "--quantize", "2,16", "--max-buffer-reuse", 2], 0, 0),
     "unreliable": (["--buffer", 3, "--nepochs", 8], 0.5, 0.5),
     "sync": ([*SYNC, "--buffer", 2], 0, 0.05),
+    "blocks": (["--buffer", 5, "--nepochs", 3, *BLOCKS], 0, 0),
+    "sync_blocks": ([*SYNC, "--buffer", 2, *BLOCKS], 0, 0),
     "paced": (["--buffer", 5, "--nepochs", 5, "--pace", 0.1, *SLOW], 0, 0),
     "even": (["--buffer", 5, *SLEEP], 0, 0),
     "slow": (["--buffer", 5, *SLEEP, *SLOW], 0, 0),
@@ -228,9 +231,10 @@ def test_every_module_is_logged_at_every_epoch(folder, name):
     assert checkpoint_of(folder / name)["epoch"] == len(epochs)
 
 
-def test_sync_is_synchronous_dgl_to_the_bit(folder):
-    assert_same(checkpoint_of(folder / "sync")["parts"]["model"], one_process(*SYNC))
-    lines = matches(WORKER, folder / "sync")
+@pytest.mark.parametrize(("name", "flags"), [("sync", SYNC), ("sync_blocks", [*SYNC, *BLOCKS])])
+def test_sync_is_synchronous_dgl_to_the_bit(name, flags, folder):
+    assert_same(checkpoint_of(folder / name)["parts"]["model"], one_process(*flags))
+    lines = matches(WORKER, folder / name)
     assert all("reuse: 1.000, staleness: 0.000, never used: 0" in rest for n, _, _, rest in lines if n != "0")
     assert all("dropped: 0" in rest for n, _, _, rest in lines if n != "2")
 
