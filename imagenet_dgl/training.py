@@ -39,7 +39,8 @@ def make_parser(file, doc):
     add = parser.add_argument
     add("data", metavar="DIR", nargs="?", help="images in train/<class>/ and val/<class>/")
     add("-a", "--arch", default="resnet18", help="network: vgg11, vgg13, vgg16, vgg19, or any of torchvision's")
-    add("-j", "--workers", type=utils.at_least(0), default=4, help="processes that load images")
+    workers = min(4, os.cpu_count() or 1)  # torch warns of more than there are cores
+    add("-j", "--workers", type=utils.at_least(0), default=workers, help="processes that load images: 4, or one a core")
     add("-b", "--batch-size", type=utils.at_least(2), default=256, help="images in a batch, of all ranks together")
     add("--nepochs", "--epochs", dest="epochs", type=utils.at_least(1), default=50, help="passes over the training set")
     add(

@@ -385,7 +385,7 @@ def test_evaluate_on_quantised_inputs_is_what_the_layers_are_trained_on():
 def test_inputs_that_are_codewords_come_back_as_they_were(groups, codewords, dtype):
     torch.manual_seed(0)
     quantizer = buffer.ProductQuantizer(16, groups, codewords)
-    quantizer.CHUNK = {"cpu": 1000}  # several chunks
+    quantizer.CPU_CHUNK = 1000  # several chunks
     quantizer.codebook.normal_()
     indices = torch.randint(codewords, (4, 8, 8, groups)).to(dtype)
     x = quantizer.decode(indices)
