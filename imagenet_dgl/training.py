@@ -80,6 +80,11 @@ def check(parser, args):
         parser.error("a loss scale is for --half")
     if args.half and args.precision == "bf16":
         parser.error("--half is fp16: choose it or --precision bf16")
+    if args.tensorboard:
+        try:
+            import torch.utils.tensorboard
+        except ImportError:
+            parser.error("--tensorboard needs the package tensorboard: pip install tensorboard")
     if args.half and torch.cuda.is_available() and not args.no_cuda:
         args.precision = "fp16"
     elif args.half and ranks.RANK == 0:
@@ -257,14 +262,9 @@ class Run(utils.Run):
             self.log(f"ranks: {ranks.COUNT}")
             self.epoch = args.start_epoch
         if args.tensorboard and not ranks.RANK:
-            self.open_tensorboard()
-
-    def open_tensorboard(self):
-        try:
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            utils.fail("--tensorboard needs the package tensorboard: pip install tensorboard")
-        self.writer = SummaryWriter(self.checkpoint.with_suffix(".tensorboard"), purge_step=self.epoch)
+
+            self.writer = SummaryWriter(self.checkpoint.with_suffix(".tensorboard"), purge_step=self.epoch)
 
     def open_log(self, log):
         return open(os.devnull, "w") if ranks.RANK or self.args.evaluate else super().open_log(log)

@@ -520,6 +520,7 @@ def test_apex(monkeypatch):
 def test_tensorboard(tree, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert "pip install tensorboard" in refused("dgl", tree, *SMALL, "--tensorboard", cwd=tmp_path)
+    assert not [*tmp_path.iterdir()]
     written = []
     fake = types.SimpleNamespace(add_scalar=lambda *a: written.append(a), flush=lambda: None)
     module = types.SimpleNamespace(
