@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import importlib
 import math
 import os
 import sys
@@ -82,7 +83,7 @@ def check(parser, args):
         parser.error("--half is fp16: choose it or --precision bf16")
     if args.tensorboard:
         try:
-            import torch.utils.tensorboard
+            importlib.import_module("torch.utils.tensorboard")
         except ImportError:
             parser.error("--tensorboard needs the package tensorboard: pip install tensorboard")
     if args.half and torch.cuda.is_available() and not args.no_cuda:
