@@ -129,7 +129,7 @@ class ProductQuantizer(nn.Module):
         seed: of the random draws.
     """
 
-    CHUNK, CPU_CHUNK = 2**24, 2**18  # scores computed at a time: 64 MiB; 1 MiB, which stays in a core's cache
+    CHUNK, CPU_CHUNK = 2**22, 2**18  # scores computed at a time: 16 MiB; 1 MiB, which stays in a core's cache
 
     def __init__(self, channels, groups, codewords, decay=0.9, dead=0.01, pixels=2**14, seed=0):
         super().__init__()
@@ -153,8 +153,8 @@ class ProductQuantizer(nn.Module):
         """Vectors (N, G, C/G) -> index of the nearest codeword (N, G), in the smallest integer type."""
         indices = torch.empty(vectors.shape[:2], dtype=self.dtype, device=vectors.device)
         bias = -0.5 * self.codebook.square().sum(2)[:, None]  # argmin |x - e|^2 = argmax x.e - |e|^2 / 2
-        chunk = self.CPU_CHUNK if vectors.device.type == "cpu" else self.CHUNK
-        size = max(1, chunk // (self.groups * self.codewords))
+        scores = self.CPU_CHUNK if vectors.device.type == "cpu" else self.CHUNK
+        size = max(1, scores // (self.groups * self.codewords))
         for out, chunk in zip(indices.split(size), vectors.split(size)):
             scores = torch.baddbmm(bias, chunk.transpose(0, 1).float(), self.codebook.mT)
             out.copy_(scores.argmax(2).T)

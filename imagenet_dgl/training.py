@@ -88,8 +88,10 @@ def check(parser, args):
             parser.error("--tensorboard needs the package tensorboard: pip install tensorboard")
     if args.half and torch.cuda.is_available() and not args.no_cuda:
         args.precision = "fp16"
-    elif args.half and ranks.RANK == 0:
-        print(f"{parser.prog}: warning: no GPU, so --half trains in float32", file=sys.stderr)
+    elif args.half:
+        args.precision = "fp32"
+        if ranks.RANK == 0:
+            print(f"{parser.prog}: warning: no GPU, so --half trains in float32", file=sys.stderr)
     return args
 
 

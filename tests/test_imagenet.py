@@ -508,6 +508,11 @@ def test_loss_scales(flags, scales, monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(steps.model.parameters(), before))
 
 
+def test_half_without_a_gpu_is_float32_as_it_says(capsys):
+    assert arguments("dgl", "x", "--half", "--precision", "fp16", "--no-cuda").precision == "fp32"
+    assert "trains in float32" in capsys.readouterr().err
+
+
 def test_apex(monkeypatch):
     made = []
     fake = types.SimpleNamespace(FusedSGD=lambda parameters, **options: made.append(options))
