@@ -196,7 +196,7 @@ def load_data(args, device, pipeline=None):
 def load_images(args, device, pipeline):
     sharers = pipeline.replicas if pipeline else ranks.COUNT
     if args.batch_size % sharers or args.batch_size < 2 * sharers:
-        utils.fail(f"--batch-size {args.batch_size} cannot be shared out to {sharers} ranks, two images each or more")
+        ranks.fail(f"--batch-size {args.batch_size} cannot be shared out to {sharers} ranks, two images each or more")
     size, generator = image_size(args), torch.Generator().manual_seed(args.seed)
     if args.dummy:
         train = DummyBatches(args, size, 1_281_167, 1000, device, generator, pipeline)
@@ -204,21 +204,24 @@ def load_images(args, device, pipeline):
         return utils.Data(train, val, 1000, "random numbers, 1000 classes")
     root = Path(args.data)
     try:
-        train, val = ImageFolder(root / "train"), ImageFolder(root / "val")
+        val = ImageFolder(root / "val")
+        train = val if args.evaluate else ImageFolder(root / "train")  # not needed, so it need not be there
     except OSError as error:
         fail_at(root, error)
     if train.classes != val.classes:
         different = sorted({*train.classes} ^ {*val.classes})[:10]
-        utils.fail(f"the classes in {root}/train and {root}/val differ: {different}")
-    if len(train) < 2 * sharers:
+        ranks.fail(f"the classes in {root}/train and {root}/val differ: {different}")
+    if len(train) < 2 * sharers and not args.evaluate:
         fail_at(root, f"{len(train)} training images; two for each of the ranks ({sharers}) are needed")
     crop = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
     centre = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
-    counts = f"{len(train)} training and {len(val)} validation images of {len(train.classes)} classes"
+    counts = f"{len(val)} validation images of {len(train.classes)} classes"
+    if not args.evaluate:
+        counts = f"{len(train)} training and {counts}"
     train_batches = Batches(args, Images(train, crop), device, generator, pipeline)
     val_batches = Batches(args, Images(val, centre), device, pipeline=pipeline)
     return utils.Data(train_batches, val_batches, len(train.classes), f"image folder, {counts}")
 
 
 def fail_at(root, error):
-    utils.fail(f"{root} must have images in train/<class>/ and val/<class>/: {error}")
+    ranks.fail(f"{root} must have images in train/<class>/ and val/<class>/: {error}")

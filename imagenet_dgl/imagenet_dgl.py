@@ -54,6 +54,10 @@ def parse_args(argv=None):
     add("--module-parallel", action="store_true", help="with torchrun: each rank trains one module")
     add("--profile", action="store_true", help="with --module-parallel: print what each rank's time is spent on")
     args = training.check(parser, parser.parse_args(argv))
+    if args.arch in models.VGGS:
+        args.block_size = args.block_size or 1
+    else:
+        args.num_modules = args.num_modules or 2
     if args.profile and not args.module_parallel:
         parser.error("--profile is for --module-parallel")
     return args
@@ -130,7 +134,7 @@ def evaluate(modules, autocast, batches, pipeline=None):
     first, num_modules = (pipeline.n, pipeline.num_modules) if pipeline else (0, len(modules))
     correct = torch.zeros(num_modules, 2, 2, dtype=torch.float64, device=batches.device)
     count = torch.zeros((), device=batches.device)
-    for x, labels, *total in batches:
+    for x, labels, *total in training.progress_bar(batches):
         total = total[0] if total else 0
         for n, module in enumerate(modules, start=first):
             with autocast:

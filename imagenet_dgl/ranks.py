@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 import utils
 
 RANK, COUNT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-PATIENCE = 10  # seconds in which torchrun ends this rank, if it was not this one that failed
+PATIENCE = 10  # seconds in which torchrun ends this rank when another one has failed
 
 
 def here():
@@ -27,9 +27,9 @@ def here():
 
 
 def fail(message):
-    """utils.fail with a mistake that all ranks find: rank 0 says it."""
+    """utils.fail with a mistake that as a rule all ranks find: rank 0 says it, another one only if rank 0 has not."""
     if RANK:
-        raise SystemExit(2)
+        time.sleep(PATIENCE)
     utils.fail(message)
 
 

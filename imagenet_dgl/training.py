@@ -52,12 +52,12 @@ def make_parser(file, doc):
     add("--wd", "--weight-decay", dest="weight_decay", type=number, default=1e-4, help="weight decay")
     add("--half", action="store_true", help="16-bit training with loss scaling (--precision fp16); needs a GPU")
     add("--dynamic-loss-scale", action="store_true", help="with --half: a loss scale that adapts itself")
-    add("--static-loss-scale", type=positive, help="with --half: a fixed loss scale (default: 1)")
+    add("--static-loss-scale", type=positive, help="with --half: a fixed loss scale (default: 1), if not dynamic")
     add("--apex", action="store_true", help="the FusedSGD of NVIDIA's apex instead of torch's")
     add("--sync-bn", action="store_true", help="BatchNorm over the images of all ranks")
     add("-p", "--print-freq", type=utils.at_least(0), default=10, help="batches between lines on the screen; 0: none")
     add("--start_epoch", type=utils.at_least(0), default=0, help="begin with this epoch's learning rate (from 0)")
-    add("--evaluate", action="store_true", help="evaluate the checkpoint --resume on the validation set, and end")
+    add("--evaluate", action="store_true", help="test the checkpoint --resume on DIR/val, and end")
     add("--debug", type=int, choices=[0, 1], default=0, help="1: only 50 batches of training and validation images")
     add("--large_size_images", type=int, choices=[0, 1], default=1, help="0: 112 pixels instead of 224")
     add("--image-size", type=utils.at_least(16), metavar="PIXELS", help="another size of the images")
@@ -77,6 +77,8 @@ def check(parser, args):
         parser.error(f"--start_epoch {args.start_epoch}: the epochs are 0 to {args.epochs - 1}")
     if args.evaluate and not args.resume:
         parser.error("--evaluate needs --resume CHECKPOINT")
+    if f"_{args.name}".endswith("_best"):
+        parser.error(f"--name {args.name}: names of best checkpoints end like this")
     if (args.dynamic_loss_scale or args.static_loss_scale) and not (args.half or args.precision == "fp16"):
         parser.error("a loss scale is for --half")
     if args.half and args.precision == "bf16":
@@ -126,12 +128,12 @@ def sgd(module, args, device, epoch):
     try:
         from apex.optimizers import FusedSGD
     except ImportError:
-        utils.fail(
+        ranks.fail(
             "--apex: NVIDIA's apex is not installed (build it from https://github.com/NVIDIA/apex; the package called "
             "apex on the package index is something else); without --apex, torch's own fused SGD is used"
         )
     if device.type != "cuda":
-        utils.fail("--apex needs a GPU")
+        ranks.fail("--apex needs a GPU")
     return FusedSGD(module.parameters(), **options)
 
 
@@ -230,6 +232,11 @@ def random_seed(args, epoch, place):
 # Log and checkpoints
 
 
+def progress_bar(batches):
+    """The batches, with a bar on rank 0 if it has a terminal."""
+    return tqdm(batches, disable=True if ranks.RANK else None, leave=False)
+
+
 class Best:
     """The best test top-1 of the whole network so far."""
 
@@ -249,6 +256,7 @@ class Best:
 class Run(utils.Run):
     """utils.Run with epochs from 0, the best checkpoint kept as `<checkpoint>_best.pt`, and rank 0 alone writing."""
 
+    fail = staticmethod(ranks.fail)
     may_differ = utils.MAY_DIFFER | {
         *["module_parallel", "print_freq", "profile", "skip_corrupt", "start_epoch", "tensorboard", "workers"],
     }
@@ -256,18 +264,28 @@ class Run(utils.Run):
 
     def __init__(self, args, data, pipeline=None, **parts):
         self.best, self.writer, self.pipeline = Best(), None, pipeline
-        if args.evaluate:
+        if args.evaluate:  # the network alone matters, not how and on what it was trained
             self.may_differ = {*vars(args), *self.may_differ}.difference(self.network)
-        super().__init__(args, data, best=self.best, **parts)
-        if args.evaluate and not self.epoch:
-            utils.fail(f"there is no checkpoint {self.checkpoint} to evaluate")
-        if not self.epoch:
-            self.log(f"ranks: {ranks.COUNT}")
-            self.epoch = args.start_epoch
-        if args.tensorboard and not ranks.RANK:
+            super().__init__(args, data, model=parts["model"])
+        else:
+            super().__init__(args, data, best=self.best, **parts)
+        if args.tensorboard and not args.evaluate and not ranks.RANK:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(self.checkpoint.with_suffix(".tensorboard"), purge_step=self.epoch)
+
+    def begin(self):
+        if self.args.evaluate:
+            self.fail(f"there is no checkpoint {self.checkpoint} to evaluate")
+        super().begin()
+        self.log(f"ranks: {ranks.COUNT}")
+        self.epoch = self.args.start_epoch
+
+    def same_data(self, description):
+        """The same images or, to be evaluated, as many classes: the last words of a description."""
+        if self.args.evaluate:
+            return description.split()[-2:] == self.data.description.split()[-2:]
+        return super().same_data(description)
 
     def open_log(self, log):
         return open(os.devnull, "w") if ranks.RANK or self.args.evaluate else super().open_log(log)
@@ -309,8 +327,7 @@ class Run(utils.Run):
             screen = screen if pipeline.replica else sys.__stdout__
             pipeline.waited = dict.fromkeys(pipeline.waited, 0.0)
         times, sizes, begin = {"Time": [], "Data": []}, [], time.perf_counter()
-        bar = tqdm(batches, disable=True if ranks.RANK else None, leave=False)
-        for i, batch in enumerate(bar):
+        for i, batch in enumerate(progress_bar(batches)):
             times["Data"].append(time.perf_counter() - begin)
             yield batch
             due = self.args.print_freq and i % self.args.print_freq == 0

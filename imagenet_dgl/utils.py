@@ -50,6 +50,12 @@ def at_least(minimum):
     return whole_number
 
 
+def part_of_file_name(text):
+    if Path(text).name != text:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be part of a file name; --save_folder chooses the folder")
+    return text
+
+
 class ArgumentParser(argparse.ArgumentParser):
     """argparse with the flags of all scripts; `file` and `doc` are the script's `__file__` and `__doc__`.
 
@@ -68,7 +74,7 @@ class ArgumentParser(argparse.ArgumentParser):
         if data:
             add("--data", default="./data", help="CIFAR-10 (downloaded if missing), an image-folder tree, or: digits")
             add("--train-size", type=at_least(2), help="train on so many images, as many of each class")
-        add("--name", default="", help="becomes part of the names of log and checkpoint")
+        add("--name", type=part_of_file_name, default="", help="becomes part of the names of log and checkpoint")
         add("--save_folder", help="for log and checkpoint (default: the current or the resumed checkpoint's)")
         add("--resume", metavar="CHECKPOINT", help="go on from it; auto: from the last one, if there is one")
         add("--no-cuda", action="store_true", help="use the CPU even if there is a GPU")
@@ -98,8 +104,6 @@ def say_at_interrupt(message):
 def setup(args):
     """Seed torch, set its number of threads, and return the device to train on."""
     say_at_interrupt("Interrupted before this run finished an epoch.")
-    if Path(args.name).name != args.name:
-        fail(f"--name {args.name} becomes part of file names; choose the folder with --save_folder")
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -373,6 +377,7 @@ class Run:
     """
 
     may_differ = MAY_DIFFER
+    fail = staticmethod(fail)
 
     def __init__(self, args, data, fixed=(), **parts):
         self.args, self.data, self.parts, self.epoch, self.text = args, data, parts, 0, ""
@@ -387,19 +392,23 @@ class Run:
             log = folder / self.load(self.checkpoint if auto else Path(args.resume))
             begin, old = self.text.encode(), log.read_bytes() if log.exists() else b""
             if not old.startswith(begin) and not begin.startswith(old):
-                fail(f"{log} is not the log of the checkpoint any more: move it away, then resume")
+                self.fail(f"{log} is not the log of the checkpoint any more: move it away, then resume")
         self.file = self.open_log(log)
         self.file.write(self.text)
         self.file.flush()
         if not self.epoch:
-            device, model = data.train.device, parts["model"]
-            chip = torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-            versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
-            system = f"Python {platform.python_version()}, {versions}, {platform.system()} {platform.machine()}"
-            self.log(f"arguments: {json.dumps(vars(args))}")
-            self.log(f"environment: {system}, {device.type} ({chip}), {torch.get_num_threads()} threads")
-            self.log(f"data: {data.description}")
-            self.log(f"model, {sum(p.numel() for p in model.parameters()):,} parameters: {model}")
+            self.begin()
+
+    def begin(self):
+        """Describe a new run in the log."""
+        device, model = self.data.train.device, self.parts["model"]
+        chip = torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
+        versions = f"torch {torch.__version__}, torchvision {torchvision.__version__}"
+        system = f"Python {platform.python_version()}, {versions}, {platform.system()} {platform.machine()}"
+        self.log(f"arguments: {json.dumps(vars(self.args))}")
+        self.log(f"environment: {system}, {device.type} ({chip}), {torch.get_num_threads()} threads")
+        self.log(f"data: {self.data.description}")
+        self.log(f"model, {sum(p.numel() for p in model.parameters()):,} parameters: {model}")
 
     def open_log(self, log):
         """The log as a file to write: a new one or, if a checkpoint was loaded, the old one, emptied."""
@@ -407,7 +416,7 @@ class Run:
             log.parent.mkdir(parents=True, exist_ok=True)
             file = log.open("w" if self.epoch else "x")
         except OSError as error:
-            fail(f"cannot write the log to --save_folder: {error}")
+            self.fail(f"cannot write the log to --save_folder: {error}")
         replaces = " (instead of an earlier run's)" if not self.epoch and self.checkpoint.exists() else ""
         self.show(f"log: {log}\ncheckpoint: {self.checkpoint}{replaces}")
         return file
@@ -467,6 +476,10 @@ class Run:
     def save(self, state):
         write(self.checkpoint, state)
 
+    def same_data(self, description):
+        """Whether a checkpoint trained on such data belongs to this run."""
+        return description == self.data.description
+
     def load(self, path):
         """Set everything to a checkpoint's state and return its log's name; one of another run ends the program."""
         try:
@@ -475,24 +488,24 @@ class Run:
             script, description, parts, generator = was["script"], state["data"], state["parts"], state["generator"]
             rng, self.epoch, self.text, log_name = state["rng"], state["epoch"], state["log"], state["log_name"]
         except FileNotFoundError:
-            fail(f"there is no checkpoint {path}")
+            self.fail(f"there is no checkpoint {path}")
         except Exception as error:
-            fail(f"{path} is damaged, or not a checkpoint of these scripts ({type(error).__name__})")
+            self.fail(f"{path} is damaged, or not a checkpoint of these scripts ({type(error).__name__})")
         if script != now["script"]:
-            fail(f"{path} is a checkpoint of {script}.py")
+            self.fail(f"{path} is a checkpoint of {script}.py")
         for flag in sorted((was.keys() | now.keys()) - self.may_differ):
             if was.get(flag) != now.get(flag):
                 name = f"--{flag.replace('_', '-')}"
-                fail(f"{path} was made with {name} {was.get(flag)!r}; in this run it is {now.get(flag)!r}")
-        if description != self.data.description:
-            fail(f"{path} was trained on {description}; this run's data: {self.data.description}")
+                self.fail(f"{path} was made with {name} {was.get(flag)!r}; in this run it is {now.get(flag)!r}")
+        if not self.same_data(description):
+            self.fail(f"{path} was trained on {description}; this run's data: {self.data.description}")
         try:
             for name, part in self.parts.items():
                 load_state(part, parts[name])
             self.data.train.generator.set_state(generator)
             torch.set_rng_state(rng)
         except Exception as error:  # torch's checks raise all kinds
-            fail(f"{path} is a checkpoint of another network: {str(error)[:300]}")
+            self.fail(f"{path} is a checkpoint of another network: {str(error)[:300]}")
         self.last_checkpoint = path
         say_at_interrupt(f"Interrupted; go on from the last finished epoch with --resume {path}")
         return log_name

@@ -188,8 +188,16 @@ def test_mistakes(script, tree, tmp_path):
         ([*small, "--lr", "nan"], "--lr"),
         ([*small, "--apex"], "the package called apex on the package index is something else"),
         ([*small, "--name", "a/b"], "--save_folder"),
+        ([*small, "--name", "a_best"], "best checkpoints"),
+        ([*small, "--name", "best"], "best checkpoints"),
+        ([*small, "--arch", "alexnet"], "alexnet: AlexNet fails on 32-pixel images"),
+        (
+            ["--flops", "--image-size", 32, "--arch", "inception_v3"],
+            "Inception3 fails on 32-pixel images",
+        ),
     ]:
         assert part in refused(script, *flags, cwd=tmp_path)
+    assert not run(SCRIPTS[script], *small, "--evaluate", "--resume", "auto", cwd=tmp_path)[1]
     assert not [*tmp_path.iterdir()]
 
 
@@ -532,7 +540,9 @@ def test_tensorboard(tree, tmp_path, monkeypatch):
         SummaryWriter=lambda folder, purge_step: written.append((folder, purge_step)) or fake
     )
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    call("dgl", tree, *SMALL, "--tensorboard", "--nepochs", 1, "--name", "tb", cwd=tmp_path)
+    flags = tree, *SMALL, "--tensorboard", "--nepochs", 1, "--name", "tb"
+    call("dgl", *flags, cwd=tmp_path)
+    call("dgl", *flags, "--evaluate", "--resume", "auto", cwd=tmp_path)  # writes nothing
     folder, *scalars = written
     assert (str(folder[0]), folder[1]) == ("imagenet_dgl_tb.tensorboard", 0)
     kinds = "loss", "train_top1", "test_top1", "ensemble_top1"
@@ -606,13 +616,42 @@ def test_best_checkpoint_and_evaluate(script, whole_run, tree, tmp_path):
     assert not [*tmp_path.iterdir()]
 
 
+@both
+def test_evaluate_on_other_images_in_another_precision(script, whole_run, tree, tmp_path):
+    """Of a run in float32: in fp16, on images that are there twice over, without training images."""
+    path = next(path for path in whole_run[script][0].glob("*.pt") if "best" not in path.name)
+    for file in tree.glob("val/*/*"):
+        for name in ("a", "b"):
+            copy = tmp_path / "tree/val" / file.parent.name / f"{name}{file.name}"
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+    flags = "-j", 0, "--image-size", 32, "--resume", path, "--evaluate"
+    flags += "--precision", "fp16"
+    once, twice = (re.findall(TESTED, call(script, t, *flags, cwd=tmp_path)) for t in (tree, tmp_path / "tree"))
+    assert len(once) == 1 + (script == "dgl")
+    assert once == twice
+    (tmp_path / "tree/val/class2").mkdir()
+    (tmp_path / "tree/val/class2/c.jpg").write_bytes(file.read_bytes())
+    message = refused(script, tmp_path / "tree", *flags, cwd=tmp_path)
+    assert "5 validation images of 2 classes; " in message
+    assert "this run's data: image folder, 11 validation images of 3 classes" in message
+
+
+@pytest.mark.parametrize(("arch", "flag", "value"), [("resnet18", "--num-modules", 2), ("vgg11", "--block_size", 1)])
+def test_a_default_may_be_given_at_resume(arch, flag, value, tmp_path, monkeypatch):
+    monkeypatch.setattr(data, "DEBUG_STEPS", 1)
+    flags = "--dummy", "--debug", 1, *SMALL, "--arch", arch, "--nlin", 0, "--mlp", 0
+    call("dgl", *flags, "--nepochs", 1, cwd=tmp_path)
+    assert "epoch 1" in call("dgl", *flags, "--nepochs", 2, "--resume", "auto", flag, value, cwd=tmp_path)
+
+
 def test_a_checkpoint_that_does_not_fit(whole_run, tree, tmp_path):
     path = next(whole_run["dgl"][0].glob("*dgl.pt"))
     for script, flags, part in [
         ("backprop", [], "imagenet_dgl.py"),
         ("dgl", ["--arch", "resnet34"], "--arch 'resnet18'"),
         ("dgl", ["--image-size", 48], "--image-size 32"),
-        ("dgl", ["--evaluate", "--num-modules", 1], "--num-modules None"),
+        ("dgl", ["--evaluate", "--num-modules", 1], "--num-modules 2"),
     ]:
         assert part in refused(script, tree, *SMALL, "--resume", path, *flags, cwd=tmp_path)
 
@@ -708,6 +747,24 @@ def test_a_failing_rank_ends_the_job(tree, tmp_path):
     assert done.returncode != 0
     assert f"cannot read the image {bad}" in done.stderr
     assert not [*tmp_path.glob("*.pt")]
+
+
+def test_a_mistake_of_all_ranks_is_said_once(tree, tmp_path):
+    done = torchrun(ROOT / SCRIPTS["dgl"], tree, *SHARED, "--resume", "missing.pt", cwd=tmp_path)
+    assert done.returncode != 0
+    assert done.stderr.count("error: there is no checkpoint missing.pt") == 1
+
+
+def test_a_mistake_that_rank_0_does_not_find_is_said(monkeypatch, capsys):
+    """Such as a file that another machine does not have."""
+    waited = []
+    monkeypatch.setattr(ranks, "RANK", 3)
+    monkeypatch.setattr(ranks.time, "sleep", waited.append)
+    with pytest.raises(SystemExit) as stop:
+        ranks.fail("no such file")
+    assert stop.value.code == 2
+    assert waited == [ranks.PATIENCE]
+    assert "no such file" in capsys.readouterr().err
 
 
 def test_batch_size_and_ranks(tree, tmp_path, monkeypatch):

@@ -5,11 +5,12 @@ import difflib
 import torchvision
 
 from . import published
-from .costs import costs
+from .costs import costs, meta_images, on_meta, one_line_error
 from .decouple import decouple
 from .dgl_net import DGLNet
+from .published import VGGS
 
-__all__ = ["ARCHITECTURES", "DGLNet", "build_dgl", "build_plain", "costs", "count_modules", "decouple"]
+__all__ = ["ARCHITECTURES", "VGGS", "DGLNet", "build_dgl", "build_plain", "costs", "count_modules", "decouple"]
 
 ARCHITECTURES = torchvision.models.list_models(module=torchvision.models)
 
@@ -29,19 +30,19 @@ def build_dgl(arch, num_classes, image_size, block_size=None, num_modules=None, 
         ValueError: no such architecture, or it cannot be cut like this, or not for images of this size.
     """
     check(arch)
-    if arch in published.VGGS:
+    if arch in VGGS:
         if num_modules is not None or balance == "memory":
             wrong = "num_modules" if num_modules is not None else "balance"
             raise ValueError(f"{arch} is cut by block_size; {wrong} is for the other networks, {arch}_bn included")
         return published.vgg(arch, num_classes, image_size, 1 if block_size is None else block_size, nlin, mlp)
     if block_size is not None:
-        vggs = ", ".join(published.VGGS)
+        vggs = ", ".join(VGGS)
         raise ValueError(f"{arch} is cut by num_modules; block_size is for the paper's VGGs: {vggs}")
     num_modules = 2 if num_modules is None else num_modules
     if arch in published.RESNETS and balance == "flops":
         return published.resnet(arch, num_classes, image_size, num_modules, nlin, mlp)
-    model = build_plain(arch, num_classes, image_size)
     try:
+        model = torchvisions(arch, num_classes, image_size)
         return decouple(model, num_modules, num_classes, image_size, balance, nlin, mlp)
     except ValueError as error:
         raise ValueError(f"{arch}: {error}") from None
@@ -50,15 +51,28 @@ def build_dgl(arch, num_classes, image_size, block_size=None, num_modules=None, 
 def count_modules(arch, block_size=None, num_modules=None):
     """The number of modules that `build_dgl` would make; ValueError if there is no such architecture."""
     check(arch)
-    return published.count_modules(arch, block_size or 1) if arch in published.VGGS else num_modules or 2
+    return published.count_modules(arch, block_size or 1) if arch in VGGS else num_modules or 2
 
 
 def build_plain(arch, num_classes, image_size):
     """Torchvision's network `arch`, with new weights: images (B, 3, image_size, image_size) -> logits.
 
     googlenet and inception_v3 come without their auxiliary classifiers.
+
+    Raises:
+        ValueError: no such architecture, or not for images of this size.
     """
     check(arch)
+    try:
+        model = torchvisions(arch, num_classes, image_size)
+        with one_line_error(model, image_size):
+            on_meta(model)(meta_images(model, image_size))
+    except ValueError as error:
+        raise ValueError(f"{arch}: {error}") from None
+    return model
+
+
+def torchvisions(arch, num_classes, image_size):
     options = {}
     if arch in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}
@@ -70,7 +84,7 @@ def build_plain(arch, num_classes, image_size):
         return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **options)
     except (AssertionError, ValueError) as error:  # of the transformers whose patches must fill the image
         reason = str(error).split("\n")[0]
-        raise ValueError(f"{arch} cannot be built for {image_size}-pixel images: {reason}") from None
+        raise ValueError(f"it cannot be built for {image_size}-pixel images: {reason}") from None
 
 
 def check(arch):

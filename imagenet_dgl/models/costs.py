@@ -1,5 +1,6 @@
 """What a network costs, without computing anything: everything runs on the meta device, where tensors have no data."""
 
+import contextlib
 import copy
 import itertools
 
@@ -28,6 +29,16 @@ def meta_images(module, image_size):
     """Images (2, 3, image_size, image_size) on the meta device, in the data type of the module's parameters."""
     dtype = next((p.dtype for p in module.parameters()), torch.float32)
     return torch.empty(BATCH, 3, image_size, image_size, device="meta", dtype=dtype)
+
+
+@contextlib.contextmanager
+def one_line_error(model, image_size):
+    """ValueError in one line if the model fails on images of this size."""
+    try:
+        yield
+    except Exception as error:  # the model's own code runs here
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"{type(model).__name__} fails on {image_size}-pixel images: {reason}") from None
 
 
 class Meter(TorchDispatchMode):

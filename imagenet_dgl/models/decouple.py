@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 
 from .auxiliary import auxiliary_net
-from .costs import BATCH, Meter, key, meta_images, on_meta
+from .costs import BATCH, Meter, key, meta_images, on_meta, one_line_error
 from .dgl_net import DGLNet
 
 ACTIVATIONS = {"relu", "relu6", "gelu", "silu", "hardswish", "sigmoid", "tanh", "elu", "leaky_relu", "selu", "mish"}
@@ -119,12 +119,8 @@ class Network(fx.Interpreter):
             raise ValueError(f"{type(model).__name__}.forward must take one tensor, the images")
         self.crossing = self.find_crossing()
         self.values, self.saved, self.versions, self.flops = {}, {}, {}, [0]
-        with Meter(self.module) as self.meter:
-            try:
-                self.run(meta_images(self.module, image_size))
-            except Exception as error:
-                reason = str(error).strip().split("\n")[0]
-                raise ValueError(f"{type(model).__name__} fails on {image_size}-pixel images: {reason}") from None
+        with Meter(self.module) as self.meter, one_line_error(model, image_size):
+            self.run(meta_images(self.module, image_size))
         self.dtype = next(self.module.parameters(), torch.empty(0)).dtype
         self.trains = {node: any(t.requires_grad for t in self.tensors(node)) for node in self.nodes}
         self.layers = [0, *itertools.accumulate(self.trains.values())]  # with parameters, in front of a place
