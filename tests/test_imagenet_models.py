@@ -3,13 +3,14 @@
 import contextlib
 import copy
 import itertools
+import re
 import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import load
+from conftest import ROOT, load
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.regnet import BlockParams
@@ -544,3 +545,16 @@ def test_errors_say_what_to_do(arguments, message):
 def test_blocks_and_auxiliary_networks_are_as_many():
     with pytest.raises(ValueError, match="2 blocks need as many auxiliary networks, not 1"):
         models.DGLNet([nn.Identity(), nn.Identity()], [nn.Identity()])
+
+
+def test_the_readmes_example_of_a_users_own_model(monkeypatch, capsys):
+    """It runs, and `decouple` makes of ResNet-18 what is printed there."""
+    readme = (ROOT / "imagenet_dgl/README.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    monkeypatch.setitem(sys.modules, "models", models)
+    exec(code.replace("range(10)", "range(2)"), {})
+    printed = capsys.readouterr().out.splitlines()
+    claimed = re.findall(r"^    (\['conv1'.*\n.*\n.*)\n", readme, re.MULTILINE)[0].replace(", ...]", "").split("\n    ")
+    assert len(claimed) == 3
+    assert all(line.startswith(claim) for line, claim in zip(printed, claimed))
+    assert [line[0] for line in printed[3:]] == ["0", "1"] * 2
