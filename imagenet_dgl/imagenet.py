@@ -55,7 +55,7 @@ def evaluate(model, autocast, batches):
     model.eval()
     correct = torch.zeros(2, dtype=torch.float64, device=batches.device)
     count = torch.zeros((), device=batches.device)
-    for images, labels in training.progress_bar(batches):
+    for images, labels in training.progress_bar(batches, "validation"):
         with autocast:
             logits = model(images)
         correct += training.hits(logits, labels)

@@ -134,7 +134,7 @@ def evaluate(modules, autocast, batches, pipeline=None):
     first, num_modules = (pipeline.n, pipeline.num_modules) if pipeline else (0, len(modules))
     correct = torch.zeros(num_modules, 2, 2, dtype=torch.float64, device=batches.device)
     count = torch.zeros((), device=batches.device)
-    for x, labels, *total in training.progress_bar(batches):
+    for x, labels, *total in training.progress_bar(batches, "validation"):
         total = total[0] if total else 0
         for n, module in enumerate(modules, start=first):
             with autocast:

@@ -232,9 +232,9 @@ def random_seed(args, epoch, place):
 # Log and checkpoints
 
 
-def progress_bar(batches):
+def progress_bar(batches, what):
     """The batches, with a bar on rank 0 if it has a terminal."""
-    return tqdm(batches, disable=True if ranks.RANK else None, leave=False)
+    return tqdm(batches, what, disable=True if ranks.RANK else None, leave=False)
 
 
 class Best:
@@ -327,7 +327,7 @@ class Run(utils.Run):
             screen = screen if pipeline.replica else sys.__stdout__
             pipeline.waited = dict.fromkeys(pipeline.waited, 0.0)
         times, sizes, begin = {"Time": [], "Data": []}, [], time.perf_counter()
-        for i, batch in enumerate(progress_bar(batches)):
+        for i, batch in enumerate(progress_bar(batches, "training")):
             times["Data"].append(time.perf_counter() - begin)
             yield batch
             due = self.args.print_freq and i % self.args.print_freq == 0
