@@ -5,6 +5,7 @@ and a seed for each image's crop and flip are drawn by one generator, in the mai
 depend neither on the number of workers nor on that of ranks.
 """
 
+import dataclasses
 import itertools
 import signal
 import sys
@@ -173,6 +174,13 @@ class ReceivedBatches:
         return self.pipeline.receive(len(self), self.kind)
 
 
+@dataclasses.dataclass
+class Data(utils.Data):
+    """utils.Data, and the classes' names on a rank that reads images."""
+
+    classes: list | None = None
+
+
 def image_size(args):
     """Pixels of an image's side."""
     return args.image_size or (224 if args.large_size_images else 112)
@@ -186,7 +194,7 @@ def load_data(args, device, pipeline=None):
     if pipeline and not pipeline.is_first:
         *lengths, num_classes, description = pipeline.broadcast(None)
         received = (ReceivedBatches(pipeline, *of_pass) for of_pass in zip(lengths, ("train", "test")))
-        return utils.Data(*received, num_classes, description)
+        return Data(*received, num_classes, description)
     images = load_images(args, device, pipeline)
     if pipeline:
         pipeline.broadcast([len(images.train), len(images.test), images.num_classes, images.description])
@@ -201,7 +209,7 @@ def load_images(args, device, pipeline):
     if args.dummy:
         train = DummyBatches(args, size, 1_281_167, 1000, device, generator, pipeline)
         val = DummyBatches(args, size, 50_000, 1000, device, pipeline=pipeline)
-        return utils.Data(train, val, 1000, "random numbers, 1000 classes")
+        return Data(train, val, 1000, "random numbers, 1000 classes")
     root = Path(args.data)
     try:
         val = ImageFolder(root / "val")
@@ -220,7 +228,7 @@ def load_images(args, device, pipeline):
         counts = f"{len(train)} training and {counts}"
     train_batches = Batches(args, Images(train, crop), device, generator, pipeline)
     val_batches = Batches(args, Images(val, centre), device, pipeline=pipeline)
-    return utils.Data(train_batches, val_batches, len(train.classes), f"image folder, {counts}")
+    return Data(train_batches, val_batches, len(train.classes), f"image folder, {counts}", train.classes)
 
 
 def fail_at(root, error):

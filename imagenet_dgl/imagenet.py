@@ -78,6 +78,7 @@ def main(argv=None):
     run = training.Run(args, images, model=model, optimizer=optimizer, scaler=scaler)
     if args.evaluate:
         run.log("test top1:{:.3f} (top5:{:.3f})".format(*evaluate(model, autocast, images.test)))
+        run.log_skipped()
         return ranks.end()
     for epoch in run.epochs(args.epochs):
         if epoch % args.epochdecay == 0:  # with the new learning rate, momentum and loss scale start anew

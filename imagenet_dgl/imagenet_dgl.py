@@ -225,6 +225,7 @@ def main(argv=None):
     if args.evaluate:
         for n, tested in enumerate(evaluate(modules, autocast, images.test, pipeline)):
             run.log(f"n: {n}, {tested_text(args, *tested)}")
+        run.log_skipped()
         return ranks.end()
     for epoch in run.epochs(args.epochs):
         if epoch % args.epochdecay == 0:  # with the new learning rate, momentum and loss scale start anew

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import importlib
+import itertools
 import math
 import os
 import sys
@@ -13,6 +14,7 @@ from tqdm import tqdm
 
 import ranks
 import utils
+from data import image_size
 
 # Flags
 
@@ -93,12 +95,14 @@ def check(parser, args):
     elif args.half:
         args.precision = "fp32"
         if ranks.RANK == 0:
-            print(f"{parser.prog}: warning: no GPU, so --half trains in float32", file=sys.stderr)
+            print(f"{parser.prog}: warning: no GPU, so --half is float32", file=sys.stderr)
     return args
 
 
 def print_costs(rows):
     """The table of models.costs, a line a module."""
+    if ranks.RANK:
+        return
     print("| n | parameters | MFLOPs an image | auxiliary network: parameters | MFLOPs | kept for backward, MiB |")
     print("|---|---|---|---|---|---|")
     for n, row in enumerate(rows):
@@ -281,16 +285,27 @@ class Run(utils.Run):
         self.log(f"ranks: {ranks.COUNT}")
         self.epoch = self.args.start_epoch
 
-    def same_data(self, description):
-        """The same images or, to be evaluated, as many classes: the last words of a description."""
+    def same_data(self, state):
+        """The same classes and images; to be evaluated, other images will do, if their size does not move the cut."""
+        was, now = state.get("classes"), self.data.classes  # None: not read, or a checkpoint of an earlier version
+        if was and now and was != now:
+            pairs = [f"{a} and {b}" for a, b in itertools.zip_longest(was, now, fillvalue="none") if a != b]
+            counts = f"{len(was)} and {len(now)} in all, different are {', '.join(pairs[:3])}"
+            self.fail(f"the classes that the checkpoint was trained on are not those of {self.args.data}: {counts}")
         if self.args.evaluate:
-            return description.split()[-2:] == self.data.description.split()[-2:]
-        return super().same_data(description)
+            was, now = (image_size(argparse.Namespace(**flags)) for flags in (state["arguments"], vars(self.args)))
+            names = self.parts["model"].state_dict()  # None in a pipeline, but on rank 0
+            if was != now and names and names.keys() != state["parts"]["model"].keys():
+                self.fail(f"the checkpoint's network is cut for images of {was} pixels, for {now} it is cut elsewhere")
+            # The last words: as many classes
+            return state["data"].split()[-2:] == self.data.description.split()[-2:]
+        return super().same_data(state)
 
     def open_log(self, log):
         return open(os.devnull, "w") if ranks.RANK or self.args.evaluate else super().open_log(log)
 
     def save(self, state):
+        state["classes"] = self.data.classes
         if ranks.RANK == 0:
             if self.best.is_last:
                 utils.write(self.checkpoint.with_stem(f"{self.checkpoint.stem}_best"), state)
@@ -302,6 +317,11 @@ class Run(utils.Run):
             torch.manual_seed(random_seed(self.args, epoch - 1, ranks.RANK))  # anew: --resume need not restore it
             yield epoch - 1
 
+    def show(self, line):
+        if ranks.RANK and sys.stdout and sys.stdout.isatty():
+            line = f"\r\033[K{line}"  # over rank 0's progress bar
+        super().show(line)
+
     def read(self, meter, n, epoch):
         try:
             return super().read(meter, n, epoch)
@@ -311,6 +331,8 @@ class Run(utils.Run):
             raise
 
     def check(self, loss, n, epoch):
+        if self.args.dummy:  # at any learning rate: it is the speed that is measured
+            return
         if self.pipeline:
             first, replicas = n * self.pipeline.replicas, self.pipeline.replicas
             n = f"{n} on rank {first}" if replicas == 1 else f"{n} on ranks {first} to {first + replicas - 1}"
@@ -369,11 +391,15 @@ class Run(utils.Run):
     def end_epoch(self, epoch, top1):
         """Log how many images could not be read; keep the checkpoint if top1, the network's, is the best."""
         self.best.update(top1)
+        self.log_skipped(f"epoch {epoch}, ")
+
+    def log_skipped(self, when=""):
+        """Log how many images could not be read, of all ranks."""
         for kind, batches in (("training", self.data.train), ("validation", self.data.test)):
             skipped = int(ranks.add_up(torch.tensor(batches.skipped, device=batches.device)))
             batches.skipped = 0
             if skipped:
-                self.log(f"epoch {epoch}, skipped: {skipped} {kind} images that cannot be read")
+                self.log(f"{when}skipped: {skipped} {kind} images that cannot be read")
 
     def scalars(self, epoch, n, **values):
         """What --tensorboard shows of module n."""

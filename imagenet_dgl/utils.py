@@ -476,9 +476,9 @@ class Run:
     def save(self, state):
         write(self.checkpoint, state)
 
-    def same_data(self, description):
-        """Whether a checkpoint trained on such data belongs to this run."""
-        return description == self.data.description
+    def same_data(self, state):
+        """Whether the data that a checkpoint was trained on are this run's."""
+        return state["data"] == self.data.description
 
     def load(self, path):
         """Set everything to a checkpoint's state and return its log's name; one of another run ends the program."""
@@ -497,7 +497,7 @@ class Run:
             if was.get(flag) != now.get(flag):
                 name = f"--{flag.replace('_', '-')}"
                 self.fail(f"{path} was made with {name} {was.get(flag)!r}; in this run it is {now.get(flag)!r}")
-        if not self.same_data(description):
+        if not self.same_data(state):
             self.fail(f"{path} was trained on {description}; this run's data: {self.data.description}")
         try:
             for name, part in self.parts.items():
@@ -505,7 +505,7 @@ class Run:
             self.data.train.generator.set_state(generator)
             torch.set_rng_state(rng)
         except Exception as error:  # torch's checks raise all kinds
-            self.fail(f"{path} is a checkpoint of another network: {str(error)[:300]}")
+            self.fail(f"{path} is a checkpoint of another network: {' '.join(str(error).split())[:300]}")
         self.last_checkpoint = path
         say_at_interrupt(f"Interrupted; go on from the last finished epoch with --resume {path}")
         return log_name

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -328,6 +329,8 @@ def test_skip_corrupt(tree, tmp_path):
             assert f"epoch {epoch}, skipped: 1 {kind} images that cannot be read" in out
     top1 = [float(match[5]) for match in map(LINES["dgl"].fullmatch, log_of(tmp_path)) if match]
     assert all(x % 25 == 0 for x in top1)  # of four images
+    out = call("dgl", *flags, "--resume", "auto", "--evaluate", cwd=tmp_path)
+    assert out.endswith("\nskipped: 1 validation images that cannot be read\n")
 
 
 def test_a_batch_keeps_its_size_when_an_image_cannot_be_read():
@@ -345,6 +348,7 @@ def test_dummy_and_debug(tmp_path, monkeypatch):
     out = call("dgl", *flags, cwd=tmp_path)
     assert "[1/2]" in out
     assert "training images/s" in out
+    assert "n: 1, epoch 0" in call("dgl", *flags, "--lr", 1e30, "--name", "diverges", cwd=tmp_path)
     monkeypatch.undo()
     args = arguments("dgl", "--dummy", "-b", 256, "--debug", 1)
     assert len(data.Order(1000 * args.batch_size, args.batch_size, None, data.DEBUG_STEPS)) == 50
@@ -518,7 +522,7 @@ def test_loss_scales(flags, scales, monkeypatch):
 
 def test_half_without_a_gpu_is_float32_as_it_says(capsys):
     assert arguments("dgl", "x", "--half", "--precision", "fp16", "--no-cuda").precision == "fp32"
-    assert "trains in float32" in capsys.readouterr().err
+    assert "--half is float32" in capsys.readouterr().err
 
 
 def test_apex(monkeypatch):
@@ -633,8 +637,8 @@ def test_evaluate_on_other_images_in_another_precision(script, whole_run, tree, 
     (tmp_path / "tree/val/class2").mkdir()
     (tmp_path / "tree/val/class2/c.jpg").write_bytes(file.read_bytes())
     message = refused(script, tmp_path / "tree", *flags, cwd=tmp_path)
-    assert "5 validation images of 2 classes; " in message
-    assert "this run's data: image folder, 11 validation images of 3 classes" in message
+    assert "the checkpoint was trained on are not those of" in message
+    assert ": 2 and 3 in all, different are none and class2\n" in message
 
 
 @pytest.mark.parametrize(("arch", "flag", "value"), [("resnet18", "--num-modules", 2), ("vgg11", "--block_size", 1)])
@@ -654,6 +658,38 @@ def test_a_checkpoint_that_does_not_fit(whole_run, tree, tmp_path):
         ("dgl", ["--evaluate", "--num-modules", 1], "--num-modules 2"),
     ]:
         assert part in refused(script, tree, *SMALL, "--resume", path, *flags, cwd=tmp_path)
+
+
+def test_a_checkpoint_of_other_classes(whole_run, tree, tmp_path):
+    """As many, but in another order: accuracies would be wrong."""
+    (tmp_path / "tree").mkdir()
+    for split in ("train", "val"):
+        for old, new in (("class0", "z"), ("class1", "class1")):
+            shutil.copytree(tree / split / old, tmp_path / "tree" / split / new)
+    path = next(whole_run["dgl"][0].glob("*dgl.pt"))
+    for flags in [], ["--evaluate"]:
+        message = refused("dgl", tmp_path / "tree", *SMALL, "--resume", path, *flags, cwd=tmp_path)
+        assert ": 2 and 2 in all, different are class0 and class1, class1 and z\n" in message
+    state = utils.read(path)
+    del state["classes"]  # of an earlier version
+    utils.write(tmp_path / "old.pt", state)
+    flags = *SMALL, "--resume", tmp_path / "old.pt", "--evaluate"
+    assert "top1" in call("dgl", tmp_path / "tree", *flags, cwd=tmp_path)
+
+
+def test_evaluate_with_images_of_another_size(tree, tmp_path):
+    """Possible where the cut is the same, as the published one is."""
+    small = "-j", 0, "-b", 4, "--nepochs", 1, "--nlin", 0, "--mlp", 0, "--arch"
+    for arch, size in (("resnet18", 16), ("efficientnet_b0", 32)):
+        flags = *small, arch, "--num-modules", 3
+        (tmp_path / arch).mkdir()
+        call("dgl", tree, *flags, "--image-size", size, cwd=tmp_path / arch)
+        flags += "--image-size", 224, "--resume", "auto", "--evaluate"
+        if arch == "resnet18":
+            assert "n: 2, test top1" in call("dgl", tree, *flags, cwd=tmp_path / arch)
+        else:
+            message = refused("dgl", tree, *flags, cwd=tmp_path / arch)
+            assert "cut for images of 32 pixels, for 224 it is cut elsewhere" in message
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tree, tmp_path):

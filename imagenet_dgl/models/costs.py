@@ -37,8 +37,8 @@ def one_line_error(model, image_size):
     try:
         yield
     except Exception as error:  # the model's own code runs here
-        reason = str(error).strip().split("\n")[0]
-        raise ValueError(f"{type(model).__name__} fails on {image_size}-pixel images: {reason}") from None
+        fails = f"{type(model).__name__} fails on {image_size}-pixel images; larger ones may be needed"
+        raise ValueError(f"{fails}: {str(error).strip().splitlines()[0]}") from None
 
 
 class Meter(TorchDispatchMode):

@@ -34,7 +34,8 @@ def vgg(arch, num_classes, image_size, block_size=1, nlin=3, mlp=3):
     last_pool = layers.pop()
     if not 1 <= block_size <= len(layers):
         raise ValueError(f"{arch} has {len(layers)} convolutions: block_size must be 1 to {len(layers)}")
-    check_size(arch, image_size)
+    if image_size < 32:
+        raise ValueError(f"{arch} needs images of 32 pixels or more, not {image_size}")
     blocks = [nn.Sequential(*itertools.chain(*run)) for run in runs(layers, block_size)]
     hidden = [nn.Linear(512 * 7 * 7, 4096), nn.ReLU(inplace=True), nn.Linear(4096, 4096), nn.ReLU(inplace=True)]
     pool = [*last_pool, nn.AdaptiveAvgPool2d(7), nn.Flatten()]
@@ -59,7 +60,6 @@ def resnet(arch, num_classes, image_size, num_modules=2, nlin=3, mlp=3):
         reason = f"its {len(parts)} parts cannot be cut into {num_modules} equal runs, the last one smaller"
         hint = f"possible are {near[0]} and {near[1]} modules, at most {len(parts)}; balance='memory' cuts elsewhere"
         raise ValueError(f"{arch}: {reason}; {hint}")
-    check_size(arch, image_size)
     blocks = [nn.Sequential(*run) for run in runs(parts, math.ceil(len(parts) / num_modules))]
     nets = auxiliary_nets(blocks[:-1], num_classes, image_size, nlin, mlp)
     for part in nets:
@@ -69,11 +69,6 @@ def resnet(arch, num_classes, image_size, num_modules=2, nlin=3, mlp=3):
 
 def runs(parts, length):
     return [parts[i : i + length] for i in range(0, len(parts), length)]
-
-
-def check_size(arch, image_size):
-    if image_size < 32:
-        raise ValueError(f"{arch} needs images of 32 pixels or more, not {image_size}")
 
 
 def auxiliary_nets(blocks, num_classes, image_size, nlin, mlp):
