@@ -3,7 +3,6 @@
 import argparse
 import contextlib
 import importlib
-import itertools
 import math
 import os
 import sys
@@ -289,9 +288,11 @@ class Run(utils.Run):
         """The same classes and images; to be evaluated, other images will do, if their size does not move the cut."""
         was, now = state.get("classes"), self.data.classes  # None: not read, or a checkpoint of an earlier version
         if was and now and was != now:
-            pairs = [f"{a} and {b}" for a, b in itertools.zip_longest(was, now, fillvalue="none") if a != b]
-            counts = f"{len(was)} and {len(now)} in all, different are {', '.join(pairs[:3])}"
-            self.fail(f"the classes that the checkpoint was trained on are not those of {self.args.data}: {counts}")
+            missing, unknown = sorted({*was}.difference(now))[:5], sorted({*now}.difference(was))[:5]
+            self.fail(
+                f"the checkpoint was trained on {len(was)} classes, {self.args.data} has {len(now)}; "
+                f"missing there: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
+            )
         if self.args.evaluate:
             was, now = (image_size(argparse.Namespace(**flags)) for flags in (state["arguments"], vars(self.args)))
             names = self.parts["model"].state_dict()  # None in a pipeline, but on rank 0
