@@ -60,7 +60,7 @@ def evaluate(model, autocast, batches):
             logits = model(images)
         correct += training.hits(logits, labels)
         count += len(labels)
-    return (100 * ranks.add_up(correct) / ranks.add_up(count)).tolist()
+    return training.percent(correct, count)
 
 
 @ranks.one_message()

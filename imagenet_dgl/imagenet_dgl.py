@@ -147,7 +147,7 @@ def evaluate(modules, autocast, batches, pipeline=None):
         count += len(labels) * (first == 0)
     if pipeline:
         pipeline.end_pass(len(batches))
-    return (100 * ranks.add_up(correct) / ranks.add_up(count)).tolist()
+    return training.percent(correct, count)
 
 
 def tested_text(args, module, ensemble):

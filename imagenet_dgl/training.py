@@ -57,11 +57,11 @@ def make_parser(file, doc):
     add("--apex", action="store_true", help="the FusedSGD of NVIDIA's apex instead of torch's")
     add("--sync-bn", action="store_true", help="BatchNorm over the images of all ranks")
     add("-p", "--print-freq", type=utils.at_least(0), default=10, help="batches between lines on the screen; 0: none")
-    add("--start_epoch", type=utils.at_least(0), default=0, help="begin with this epoch's learning rate (from 0)")
+    add("--start_epoch", type=utils.at_least(0), default=0, help="epoch to begin with (from 0), in a new run")
     add("--evaluate", action="store_true", help="test the checkpoint --resume on DIR/val, and end")
     add("--debug", type=int, choices=[0, 1], default=0, help="1: only 50 batches of training and validation images")
     add("--large_size_images", type=int, choices=[0, 1], default=1, help="0: 112 pixels instead of 224")
-    add("--image-size", type=utils.at_least(16), metavar="PIXELS", help="another size of the images")
+    add("--image-size", type=utils.at_least(16), metavar="PIXELS", help="another size of the images, at least 16")
     add("--skip-corrupt", action="store_true", help="go on without images that cannot be read")
     add("--dummy", action="store_true", help="synthetic images, to measure the speed; without DIR")
     add("--tensorboard", action="store_true", help="write scalars for it, too")
@@ -81,7 +81,7 @@ def check(parser, args):
     if f"_{args.name}".endswith("_best"):
         parser.error(f"--name {args.name}: names of best checkpoints end like this")
     if (args.dynamic_loss_scale or args.static_loss_scale) and not (args.half or args.precision == "fp16"):
-        parser.error("a loss scale is for --half")
+        parser.error("a loss scale is for --half or --precision fp16")
     if args.half and args.precision == "bf16":
         parser.error("--half is fp16: choose it or --precision bf16")
     if args.tensorboard:
@@ -137,7 +137,10 @@ def sgd(module, args, device, epoch):
         )
     if device.type != "cuda":
         ranks.fail("--apex needs a GPU")
-    return FusedSGD(module.parameters(), **options)
+    try:
+        return FusedSGD(module.parameters(), **options)
+    except RuntimeError as error:  # built without its CUDA extensions
+        ranks.fail(f"--apex: {error}")
 
 
 class StaticGradScaler(torch.amp.GradScaler):
@@ -164,6 +167,14 @@ def hits(logits, labels):
     """How many labels (B,) are the first, and how many among the first five, of the logits (B, num_classes): (2,)."""
     hit = logits.topk(min(5, logits.shape[1])).indices == labels[:, None]
     return torch.stack((hit[:, 0].sum(), hit.sum()))
+
+
+def percent(hits, count):
+    """Hits in % of a count, both as tensors, over all ranks, as a list."""
+    count = ranks.add_up(count)
+    if not count:
+        ranks.fail("no validation image can be read")
+    return (100 * ranks.add_up(hits) / count).tolist()
 
 
 class Meter:
@@ -285,7 +296,7 @@ class Run(utils.Run):
         self.epoch = self.args.start_epoch
 
     def same_data(self, state):
-        """The same classes and images; to be evaluated, other images will do, if their size does not move the cut."""
+        """The same classes and images; to be evaluated, other images, if their size does not make another network."""
         was, now = state.get("classes"), self.data.classes  # None: not read, or a checkpoint of an earlier version
         if was and now and was != now:
             missing, unknown = sorted({*was}.difference(now))[:5], sorted({*now}.difference(was))[:5]
@@ -295,9 +306,11 @@ class Run(utils.Run):
             )
         if self.args.evaluate:
             was, now = (image_size(argparse.Namespace(**flags)) for flags in (state["arguments"], vars(self.args)))
-            names = self.parts["model"].state_dict()  # None in a pipeline, but on rank 0
-            if was != now and names and names.keys() != state["parts"]["model"].keys():
-                self.fail(f"the checkpoint's network is cut for images of {was} pixels, for {now} it is cut elsewhere")
+            networks = state["parts"]["model"], self.parts["model"].state_dict()
+            shapes = [{name: tensor.shape for name, tensor in (network or {}).items()} for network in networks]
+            if was != now and shapes[1] and shapes[0] != shapes[1]:  # in a pipeline rank 0 alone has all shapes
+                hint = f"evaluate it with --image-size {was}"
+                self.fail(f"for images of {was} pixels the checkpoint's network is not the same as for {now}: {hint}")
             # The last words: as many classes
             return state["data"].split()[-2:] == self.data.description.split()[-2:]
         return super().same_data(state)

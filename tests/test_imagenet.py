@@ -331,6 +331,11 @@ def test_skip_corrupt(tree, tmp_path):
     assert all(x % 25 == 0 for x in top1)  # of four images
     out = call("dgl", *flags, "--resume", "auto", "--evaluate", cwd=tmp_path)
     assert out.endswith("\nskipped: 1 validation images that cannot be read\n")
+    for file in (tmp_path / "tree/val").glob("*/*"):
+        file.write_bytes(b"damaged")
+    status, _, err = run(SCRIPTS["dgl"], *flags, "--resume", "auto", "--evaluate", cwd=tmp_path)
+    assert status == 2
+    assert err.endswith("error: no validation image can be read\n")
 
 
 def test_a_batch_keeps_its_size_when_an_image_cannot_be_read():
@@ -689,7 +694,7 @@ def test_evaluate_with_images_of_another_size(tree, tmp_path):
             assert "n: 2, test top1" in call("dgl", tree, *flags, cwd=tmp_path / arch)
         else:
             message = refused("dgl", tree, *flags, cwd=tmp_path / arch)
-            assert "cut for images of 32 pixels, for 224 it is cut elsewhere" in message
+            assert "for images of 32 pixels the checkpoint's network is not the same as for 224: " in message
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tree, tmp_path):

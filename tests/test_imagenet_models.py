@@ -521,8 +521,8 @@ def test_memory_of_resnet_152_against_backprop():
         ({"arch": "vgg13", "block_size": 0}, "block_size must be 1 to 10"),
         ({"arch": "vgg13_bn", "block_size": 2}, "vgg13_bn is cut by num_modules; block_size is for the paper's VGGs"),
         ({"arch": "resnet152", "block_size": 2}, "resnet152 is cut by num_modules"),
-        ({"arch": "resnet152", "num_modules": 20}, "possible are 17 and 26 modules, at most 51"),
-        ({"arch": "resnet152", "num_modules": 52}, "possible are 26 and 51 modules, at most 51"),
+        ({"arch": "resnet152", "num_modules": 20}, "possible are 17 and 26 modules, at most 51; balance='memory'"),
+        ({"arch": "resnet152", "num_modules": 52}, "possible are 26 and 51 modules, at most 51$"),
         ({"arch": "resnet18", "num_modules": 0}, "possible are 1 and 2 modules, at most 9"),
         (
             {"arch": "squeezenet1_1", "num_modules": 99},

@@ -58,7 +58,9 @@ def resnet(arch, num_classes, image_size, num_modules=2, nlin=3, mlp=3):
     if num_modules not in possible:
         near = sorted(sorted(possible, key=lambda K: abs(K - num_modules))[:2])
         reason = f"its {len(parts)} parts cannot be cut into {num_modules} equal runs, the last one smaller"
-        hint = f"possible are {near[0]} and {near[1]} modules, at most {len(parts)}; balance='memory' cuts elsewhere"
+        hint = f"possible are {near[0]} and {near[1]} modules, at most {len(parts)}"
+        if 1 <= num_modules <= len(parts):
+            hint += "; balance='memory' cuts elsewhere"
         raise ValueError(f"{arch}: {reason}; {hint}")
     blocks = [nn.Sequential(*run) for run in runs(parts, math.ceil(len(parts) / num_modules))]
     nets = auxiliary_nets(blocks[:-1], num_classes, image_size, nlin, mlp)
