@@ -306,11 +306,12 @@ class Run(utils.Run):
             )
         if self.args.evaluate:
             was, now = (image_size(argparse.Namespace(**flags)) for flags in (state["arguments"], vars(self.args)))
-            networks = state["parts"]["model"], self.parts["model"].state_dict()
-            shapes = [{name: tensor.shape for name, tensor in (network or {}).items()} for network in networks]
-            if was != now and shapes[1] and shapes[0] != shapes[1]:  # in a pipeline rank 0 alone has all shapes
-                hint = f"evaluate it with --image-size {was}"
-                self.fail(f"for images of {was} pixels the checkpoint's network is not the same as for {now}: {hint}")
+            if was != now:
+                networks = state["parts"]["model"], self.parts["model"].state_dict()
+                shapes = [{name: tensor.shape for name, tensor in (network or {}).items()} for network in networks]
+                if shapes[1] and shapes[0] != shapes[1]:  # in a pipeline rank 0 alone has all shapes
+                    differs = f"the checkpoint's network is not the same as for {now}"
+                    self.fail(f"for images of {was} pixels {differs}: evaluate it with --image-size {was}")
             # The last words: as many classes
             return state["data"].split()[-2:] == self.data.description.split()[-2:]
         return super().same_data(state)

@@ -539,6 +539,17 @@ def test_apex(monkeypatch):
     assert made == [{"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}]
 
 
+def test_apex_without_its_cuda_extensions(monkeypatch, capsys):
+    def refuse(parameters, **options):
+        raise RuntimeError("apex.optimizers.FusedSGD requires cuda extensions")
+
+    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
+    monkeypatch.setitem(sys.modules, "apex.optimizers", types.SimpleNamespace(FusedSGD=refuse))
+    with pytest.raises(SystemExit):
+        training.sgd(small_net(), arguments("dgl", "x", "--apex"), torch.device("cuda"), 0)
+    assert capsys.readouterr().err.endswith("error: --apex: apex.optimizers.FusedSGD requires cuda extensions\n")
+
+
 def test_tensorboard(tree, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     assert "pip install tensorboard" in refused("dgl", tree, *SMALL, "--tensorboard", cwd=tmp_path)
@@ -680,6 +691,10 @@ def test_a_checkpoint_of_other_classes(whole_run, tree, tmp_path):
     utils.write(tmp_path / "old.pt", state)
     flags = *SMALL, "--resume", tmp_path / "old.pt", "--evaluate"
     assert "top1" in call("dgl", tmp_path / "tree", *flags, cwd=tmp_path)
+    shutil.copytree(tree / "val/class0", tmp_path / "tree/val/zz")
+    message = refused("dgl", tmp_path / "tree", *flags, cwd=tmp_path)
+    assert "5 validation images of 2 classes; " in message
+    assert "this run's data: image folder, 8 validation images of 3 classes" in message
 
 
 def test_evaluate_with_images_of_another_size(tree, tmp_path):
@@ -695,6 +710,7 @@ def test_evaluate_with_images_of_another_size(tree, tmp_path):
         else:
             message = refused("dgl", tree, *flags, cwd=tmp_path / arch)
             assert "for images of 32 pixels the checkpoint's network is not the same as for 224: " in message
+            assert message.endswith(": evaluate it with --image-size 32\n")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tree, tmp_path):
@@ -794,6 +810,17 @@ def test_a_mistake_of_all_ranks_is_said_once(tree, tmp_path):
     done = torchrun(ROOT / SCRIPTS["dgl"], tree, *SHARED, "--resume", "missing.pt", cwd=tmp_path)
     assert done.returncode != 0
     assert done.stderr.count("error: there is no checkpoint missing.pt") == 1
+
+
+def test_what_another_rank_than_0_prints(monkeypatch, capsys):
+    """No table of costs; on a terminal, a line takes the place of rank 0's progress bar."""
+    monkeypatch.setattr(ranks, "RANK", 1)
+    training.print_costs([])
+    assert not capsys.readouterr().out
+    for is_terminal in (True, False):
+        monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
+        training.Run.__new__(training.Run).show("line")
+        assert capsys.readouterr().out == "\r\033[Kline\n"[0 if is_terminal else 4 :]
 
 
 def test_a_mistake_that_rank_0_does_not_find_is_said(monkeypatch, capsys):
