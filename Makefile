@@ -1,13 +1,13 @@
-# make demo | test | lint | utils: see README.md. With PYTHON=python3 they use that environment as it is, not .venv.
+# make demo | test | test-slow | lint | utils: see README.md. With PYTHON=python3 they use that environment as it is, not .venv.
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 FROM := learning_curves
-COPIES := $(wildcard */utils.py)
+COPIES := $(wildcard */utils.py */cifar.py)
 ifeq ($(PYTHON),.venv/bin/python)
 ENVIRONMENT := .venv/complete
 endif
 
-.PHONY: demo test lint utils
+.PHONY: demo test test-slow lint utils
 
 demo: $(ENVIRONMENT)
 	rm -rf demo
@@ -19,14 +19,17 @@ demo: $(ENVIRONMENT)
 	@echo; echo "Logs and picture:"; ls demo/*.log demo/*.png
 
 test: $(ENVIRONMENT)
-	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile -m "not slow"
+
+test-slow: $(ENVIRONMENT)
+	$(PYTHON) -m pytest --numprocesses 2 --dist loadfile -m slow
 
 lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 
-utils:  # from the folder that has the new version: make utils FROM=learning_curves
-	for copy in $(filter-out $(FROM:/=)/utils.py,$(COPIES)); do cp $(FROM:/=)/utils.py $$copy || exit 1; done
+utils:  # utils.py and cifar.py, from the folder that has the new version: make utils FROM=learning_curves
+	for copy in $(filter-out $(FROM:/=)/%,$(COPIES)); do cp $(FROM:/=)/$$(basename $$copy) $$copy || exit 1; done
 
 .venv/complete: requirements.txt
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'

@@ -16,13 +16,15 @@ Writes a log with a line a module and epoch, and a checkpoint to --resume from. 
 import argparse
 import math
 
+import utils
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-import utils
+import cifar
 
 
 def fraction(text):
@@ -38,6 +40,7 @@ def fraction(text):
 
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
+    cifar.add_data_flags(parser)
     parser.add_argument("--type_aux", choices=["mlp-sr", "mlp", "cnn"], default="mlp-sr", help="auxiliary networks")
     parser.add_argument("--block_size", type=utils.at_least(1), default=1, help="layers in a module")
     parser.add_argument("--depth", type=utils.at_least(1), default=6, help="layers of the network")
@@ -255,12 +258,12 @@ def main(argv=None):
         with torch.device("meta"):
             return print_flops(DGLNet(10, *shape).eval())
     device = utils.setup(args)
-    data = utils.load_data(args, device)
-    model = utils.prepare(DGLNet(data.num_classes, *shape), args, device)
-    optimizers = [utils.sgd(parts, lr=0.1, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
-    scalers = [utils.grad_scaler(args, device) for _ in optimizers]
+    data = cifar.load_data(args, device)
+    model = utils.to_device(DGLNet(data.num_classes, *shape), args, device)
+    optimizers = [cifar.sgd(parts, lr=0.1, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
+    scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)
-    meters = [utils.Meter(device) for _ in optimizers]
+    meters = [cifar.Meter(device) for _ in optimizers]
     run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers)
     if not run.epoch:
         groups = (f"{n}: {span(layers)}" for n, layers in enumerate(model.layers, start=1))
@@ -270,7 +273,7 @@ def main(argv=None):
         set_learning_rate(optimizers, epoch)
         train_epoch(model, optimizers, scalers, autocast, data.train, meters, beta)
         for n, (meter, top1) in enumerate(zip(meters, evaluate(model, autocast, data.test)), start=1):
-            run.log_epoch(n, epoch, meter, top1)
+            cifar.log_epoch(run, n, epoch, meter, top1)
 
 
 if __name__ == "__main__":

@@ -8,16 +8,19 @@ The end-to-end baseline of cifar_dgl.py, cifar_ddg.py and cifar_features_replay.
 Writes a log with a line an epoch, and a checkpoint to --resume from.
 """
 
+import utils
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import utils
+import cifar
 from models import ResNet, cut
 
 
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
+    cifar.add_data_flags(parser)
     add = parser.add_argument
     add("--num_splits", type=utils.at_least(1), default=2, help="K of the other methods; here only the log's n")
     add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet: 6n+2")
@@ -35,7 +38,7 @@ def parse_args(argv=None):
 
 
 def make_optimizer(model):
-    return utils.sgd([model], lr=0.01, weight_decay=5e-4, nesterov=True)
+    return cifar.sgd([model], lr=0.01, weight_decay=5e-4, nesterov=True)
 
 
 def set_learning_rate(optimizer, epoch):
@@ -74,17 +77,17 @@ def evaluate(model, autocast, batches):
 def main(argv=None):
     args = parse_args(argv)
     device = utils.setup(args)
-    data = utils.load_data(args, device, drop_last=True)
-    model = utils.prepare(ResNet(data.num_classes, args.depth, args.num_splits), args, device)
+    data = cifar.load_data(args, device, drop_last=True)
+    model = utils.to_device(ResNet(data.num_classes, args.depth, args.num_splits), args, device)
     optimizer = make_optimizer(model)
-    scaler = utils.grad_scaler(args, device)
+    scaler = cifar.grad_scaler(args, device)
     autocast = utils.autocast(args, device)
-    meter = utils.Meter(device)
+    meter = cifar.Meter(device)
     run = utils.Run(args, data, model=model, optimizer=optimizer, scaler=scaler)
     for epoch in run.epochs(args.epochs):
         set_learning_rate(optimizer, epoch)
         train_epoch(model, optimizer, scaler, autocast, data.train, meter, args.log_interval)
-        run.log_epoch(args.num_splits, epoch, meter, evaluate(model, autocast, data.test))
+        cifar.log_epoch(run, args.num_splits, epoch, meter, evaluate(model, autocast, data.test))
 
 
 if __name__ == "__main__":

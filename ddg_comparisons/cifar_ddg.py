@@ -11,17 +11,20 @@ kept till then. Simulated in one process. cifar_features_replay.py keeps the inp
 Writes a log with a line an epoch, and a checkpoint to --resume from.
 """
 
+import utils
+
 import torch
 import torch.nn.functional as F
 from torch.func import functional_call
 from tqdm import tqdm
 
-import utils
+import cifar
 from models import ResNet, cut
 
 
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
+    cifar.add_data_flags(parser)
     add = parser.add_argument
     add("--num_splits", type=utils.at_least(1), default=2, help="modules the network is cut into: K")
     add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet: 6n+2")
@@ -88,7 +91,7 @@ class Delays:
 
 def make_optimizers(model):
     """One a module: modules begin to step at different iterations."""
-    return [utils.sgd([block], lr=0.01, weight_decay=5e-4, nesterov=True) for block in model.blocks]
+    return [cifar.sgd([block], lr=0.01, weight_decay=5e-4, nesterov=True) for block in model.blocks]
 
 
 def set_learning_rate(optimizers, epoch):
@@ -149,18 +152,18 @@ def evaluate(model, autocast, batches):
 def main(argv=None):
     args = parse_args(argv)
     device = utils.setup(args)
-    data = utils.load_data(args, device, drop_last=True)
-    model = utils.prepare(ResNet(data.num_classes, args.depth, args.num_splits), args, device)
+    data = cifar.load_data(args, device, drop_last=True)
+    model = utils.to_device(ResNet(data.num_classes, args.depth, args.num_splits), args, device)
     optimizers = make_optimizers(model)
-    scalers = [utils.grad_scaler(args, device) for _ in optimizers]
+    scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)
-    meter = utils.Meter(device)
+    meter = cifar.Meter(device)
     delays = Delays(model, autocast)  # they run on across epochs
     run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers, delays=delays)
     for epoch in run.epochs(args.epochs):
         set_learning_rate(optimizers, epoch)
         train_epoch(model, optimizers, scalers, autocast, data.train, meter, delays, args.log_interval)
-        run.log_epoch(args.num_splits, epoch, meter, evaluate(model, autocast, data.test))
+        cifar.log_epoch(run, args.num_splits, epoch, meter, evaluate(model, autocast, data.test))
 
 
 if __name__ == "__main__":

@@ -11,16 +11,19 @@ network on the same batches.
 Writes a log with a line a module and epoch, and a checkpoint to --resume from.
 """
 
+import utils
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import utils
+import cifar
 from models import DGLNet, cut
 
 
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
+    cifar.add_data_flags(parser)
     add = parser.add_argument
     add("--num_splits", type=utils.at_least(1), default=2, help="modules the network is cut into: K")
     add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet: 6n+2")
@@ -39,7 +42,7 @@ def parse_args(argv=None):
 
 def make_optimizers(model):
     """One a module, without Nesterov's momentum: as published."""
-    return [utils.sgd(parts, lr=0.01, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
+    return [cifar.sgd(parts, lr=0.01, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
 
 
 def set_learning_rate(optimizers, epoch):
@@ -84,18 +87,18 @@ def evaluate(model, autocast, batches):
 def main(argv=None):
     args = parse_args(argv)
     device = utils.setup(args)
-    data = utils.load_data(args, device, drop_last=True)
-    model = utils.prepare(DGLNet(data.num_classes, args.depth, args.num_splits), args, device)
+    data = cifar.load_data(args, device, drop_last=True)
+    model = utils.to_device(DGLNet(data.num_classes, args.depth, args.num_splits), args, device)
     optimizers = make_optimizers(model)
-    scalers = [utils.grad_scaler(args, device) for _ in optimizers]
+    scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)
-    meters = [utils.Meter(device) for _ in optimizers]
+    meters = [cifar.Meter(device) for _ in optimizers]
     run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers)
     for epoch in run.epochs(args.epochs):
         set_learning_rate(optimizers, epoch)
         train_epoch(model, optimizers, scalers, autocast, data.train, meters, args.log_interval)
         for n, (meter, top1) in enumerate(zip(meters, evaluate(model, autocast, data.test)), start=1):
-            run.log_epoch(n, epoch, meter, top1)
+            cifar.log_epoch(run, n, epoch, meter, top1)
 
 
 if __name__ == "__main__":

@@ -12,10 +12,12 @@ import argparse
 import importlib
 import weakref
 
+import utils
+
 import torch
 from torch.func import functional_call
 
-import utils
+import cifar
 from models import DGLNet, ResNet, cut
 
 SCRIPTS = {"backprop": "cifar_backprop", "DGL": "cifar_dgl", "DDG": "cifar_ddg", "FR": "cifar_features_replay"}
@@ -99,7 +101,7 @@ def measure(method, depth, num_splits, batch_size, device):
         parts = [script.make_optimizer(model), scaler]
     else:
         parts = [script.make_optimizers(model), [scaler] * num_splits]
-    meter = [utils.Meter(device) for _ in range(num_splits)] if method == "DGL" else utils.Meter(device)
+    meter = [cifar.Meter(device) for _ in range(num_splits)] if method == "DGL" else cifar.Meter(device)
     delays = {"DDG": lambda: script.Delays(model, autocast), "FR": lambda: script.Delays(model)}
     delays = [delays[method]()] if method in delays else []
     activations = Activations(lambda: [x for d in delays for inputs in getattr(d, "inputs", []) for x in inputs])

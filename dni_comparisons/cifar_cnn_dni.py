@@ -12,17 +12,20 @@ cifar_dgl.py trains the same network by DGL; analyze_dni_compare.ipynb compares 
 Writes a log with a line an epoch, and a checkpoint to --resume from.
 """
 
+import utils
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+import cifar
 import dni
-import utils
 from models import CNN, one_hot
 
 
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
+    cifar.add_data_flags(parser)
     add = parser.add_argument
     add("--batch-size", type=utils.at_least(2), default=256, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
@@ -44,7 +47,7 @@ def parse_args(argv=None):
 def make_optimizer(model, sgd):
     """One optimizer for everything, synthesizers included."""
     if sgd:
-        return utils.sgd([model], lr=0.01, weight_decay=1e-5)
+        return cifar.sgd([model], lr=0.01, weight_decay=1e-5)
     return torch.optim.Adam(model.parameters(), lr=3e-5, fused=True)
 
 
@@ -80,17 +83,17 @@ def evaluate(model, autocast, batches):
 def main(argv=None):
     args = parse_args(argv)
     device = utils.setup(args)
-    data = utils.load_data(args, device)
-    model = utils.prepare(CNN(data.num_classes, args.dni, args.context), args, device)
+    data = cifar.load_data(args, device)
+    model = utils.to_device(CNN(data.num_classes, args.dni, args.context), args, device)
     optimizer = make_optimizer(model, args.sgd)
-    scaler = utils.grad_scaler(args, device)
+    scaler = cifar.grad_scaler(args, device)
     autocast = utils.autocast(args, device)
-    meter = utils.Meter(device)
+    meter = cifar.Meter(device)
     context_dim = data.num_classes if args.context else None
     run = utils.Run(args, data, model=model, optimizer=optimizer, scaler=scaler)
     for epoch in run.epochs(args.epochs):
         train_epoch(model, optimizer, scaler, autocast, data.train, meter, context_dim, args.log_interval)
-        run.log_epoch(3, epoch, meter, evaluate(model, autocast, data.test))
+        cifar.log_epoch(run, 3, epoch, meter, evaluate(model, autocast, data.test))
 
 
 if __name__ == "__main__":

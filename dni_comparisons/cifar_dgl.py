@@ -9,16 +9,19 @@ trained at the same time: synchronous DGL, Algorithm 1. analyze_dni_compare.ipyn
 Writes a log with a line an epoch (of the last module: the whole network), and a checkpoint to --resume from.
 """
 
+import utils
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import utils
+import cifar
 from models import DGLNet
 
 
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
+    cifar.add_data_flags(parser)
     add = parser.add_argument
     add("--batch-size", type=utils.at_least(2), default=256, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
@@ -67,16 +70,16 @@ def evaluate(model, autocast, batches):
 def main(argv=None):
     args = parse_args(argv)
     device = utils.setup(args)
-    data = utils.load_data(args, device)
-    model = utils.prepare(DGLNet(data.num_classes), args, device)
+    data = cifar.load_data(args, device)
+    model = utils.to_device(DGLNet(data.num_classes), args, device)
     optimizers = [make_optimizer(*module) for module in zip(model.blocks, model.auxiliary_nets)]
-    scalers = [utils.grad_scaler(args, device) for _ in optimizers]
+    scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)
-    meter = utils.Meter(device)
+    meter = cifar.Meter(device)
     run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers)
     for epoch in run.epochs(args.epochs):
         train_epoch(model, optimizers, scalers, autocast, data.train, meter, args.log_interval)
-        run.log_epoch(len(model.blocks), epoch, meter, evaluate(model, autocast, data.test))
+        cifar.log_epoch(run, len(model.blocks), epoch, meter, evaluate(model, autocast, data.test))
 
 
 if __name__ == "__main__":

@@ -10,16 +10,19 @@ compares the two.
 Writes a log with a line a layer and epoch, and a checkpoint to --resume from.
 """
 
+import utils
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import utils
+import cifar
 from models import DGLNet
 
 
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
+    cifar.add_data_flags(parser)
     parser.add_argument("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     parser.add_argument("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     parser.add_argument("--epochs", type=utils.at_least(1), default=50, help="passes over the training set")
@@ -67,18 +70,18 @@ def evaluate(model, autocast, batches):
 def main(argv=None):
     args = parse_args(argv)
     device = utils.setup(args)
-    data = utils.load_data(args, device)
-    model = utils.prepare(DGLNet(data.num_classes), args, device)
-    optimizers = [utils.sgd(parts, lr=0.1, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
-    scalers = [utils.grad_scaler(args, device) for _ in optimizers]
+    data = cifar.load_data(args, device)
+    model = utils.to_device(DGLNet(data.num_classes), args, device)
+    optimizers = [cifar.sgd(parts, lr=0.1, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
+    scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)
-    meters = [utils.Meter(device) for _ in optimizers]
+    meters = [cifar.Meter(device) for _ in optimizers]
     run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers)
     for epoch in run.epochs(args.epochs):
         set_learning_rate(optimizers, epoch)
         train_epoch(model, optimizers, scalers, autocast, data.train, meters)
         for n, (meter, top1) in enumerate(zip(meters, evaluate(model, autocast, data.test)), start=1):
-            run.log_epoch(n, epoch, meter, top1)
+            cifar.log_epoch(run, n, epoch, meter, top1)
 
 
 if __name__ == "__main__":

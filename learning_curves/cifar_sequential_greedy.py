@@ -9,16 +9,19 @@ layer 1, and so on. LearningCurves.ipynb compares the two.
 Writes a log with a line a layer and epoch, and a checkpoint to --resume from.
 """
 
+import utils
+
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import utils
+import cifar
 from models import DGLNet
 
 
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
+    cifar.add_data_flags(parser)
     parser.add_argument("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     parser.add_argument("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     parser.add_argument("--epochs", type=utils.at_least(1), default=50, help="passes over the training set, a layer")
@@ -66,18 +69,18 @@ def evaluate(model, n, autocast, batches):
 def main(argv=None):
     args = parse_args(argv)
     device = utils.setup(args)
-    data = utils.load_data(args, device)
-    model = utils.prepare(DGLNet(data.num_classes), args, device)
-    optimizers = [utils.sgd(parts, lr=0.1, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
-    scalers = [utils.grad_scaler(args, device) for _ in optimizers]
+    data = cifar.load_data(args, device)
+    model = utils.to_device(DGLNet(data.num_classes), args, device)
+    optimizers = [cifar.sgd(parts, lr=0.1, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
+    scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)
-    meter = utils.Meter(device)
+    meter = cifar.Meter(device)
     run = utils.Run(args, data, fixed=["epochs"], model=model, optimizers=optimizers, scalers=scalers)
     for step in run.epochs(len(optimizers) * args.epochs):
         n, epoch = (step - 1) // args.epochs, (step - 1) % args.epochs + 1
         set_learning_rate(optimizers[n], epoch)
         train_epoch(model, n, optimizers[n], scalers[n], autocast, data.train, meter)
-        run.log_epoch(n + 1, epoch, meter, evaluate(model, n, autocast, data.test))
+        cifar.log_epoch(run, n + 1, epoch, meter, evaluate(model, n, autocast, data.test))
 
 
 if __name__ == "__main__":

@@ -1,23 +1,31 @@
-"""Shared by the tests: the scripts, loaded from their folders or run as a user runs them."""
+"""Shared by the tests: the scripts, loaded from their folders or run as a user runs them, and what they leave."""
 
 import contextlib
 import importlib
 import io
+import json
+import multiprocessing
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).parent.parent
-COMMON_NAMES = ("dni", "models", "utils")  # modules that several folders have under one name
+COMMON_NAMES = ("cifar", "dni", "models", "utils")  # modules that several folders have under one name
 
 
 def pytest_configure():
     torch.set_num_threads(1)  # as the runs that are compared to the bit
+
+
+# Running scripts
 
 
 def load(folder, name):
@@ -46,7 +54,118 @@ def run(script, *flags, cwd):
         finally:
             os.chdir(before)
             sys.excepthook = sys.__excepthook__
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
     return status, out.getvalue(), err.getvalue()
+
+
+def python(*command, cwd, **options):
+    """Run a command in an interpreter of its own; the ended process, with its output as text."""
+    command = [sys.executable, *map(str, command)]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=300, **options)
+
+
+def forked(function, *arguments, errors):
+    """Call a function in a copy of this process, without importing torch again: exit status, or -signal.
+
+    What it writes to stderr goes to the file `errors`, as from an interpreter: an uncaught error's traceback or line.
+    """
+
+    def child():
+        os.setpgrp()
+        sys.stderr = Path(errors).open("w", buffering=1)  # noqa: SIM115
+        try:
+            function(*arguments)
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                print(stop.code, file=sys.stderr)
+            os._exit(1 if isinstance(stop.code, str) else stop.code or 0)
+        except BaseException as error:
+            sys.excepthook(type(error), error, error.__traceback__)
+            sys.stderr.flush()
+            if isinstance(error, KeyboardInterrupt):
+                signal.signal(signal.SIGINT, signal.SIG_DFL)
+                os.kill(os.getpid(), signal.SIGINT)
+            os._exit(1)
+        os._exit(0)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    process.join(300)
+    return process.exitcode
+
+
+def torchrun(*command, cwd, size=2, restarts=0, timeout=300, **environment):
+    """Run a script and its flags on `size` processes, none of which may be left; the ended torchrun."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}"]
+    process = subprocess.Popen(
+        [*launcher, f"--max-restarts={restarts}", *map(str, command)],
+        cwd=cwd,
+        env={**os.environ, "OMP_NUM_THREADS": "1", **{name: str(value) for name, value in environment.items()}},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
+    try:
+        out, err = process.communicate(timeout=timeout)
+    finally:
+        left = [p for p in psutil.process_iter(["cwd"]) if p.info["cwd"] == str(cwd) and p.pid != process.pid]
+        for straggler in left:
+            straggler.kill()
+        process.kill()
+    assert not left, err
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+# What a run leaves, and what it says
+
+
+def log_of(folder):
+    """The lines of the one log in a folder; of its arguments, those that decide the result."""
+    (log,) = Path(folder).glob("*.log")
+    first, *rest = log.read_text().splitlines()
+    arguments = json.loads(first.removeprefix("arguments: "))
+    return [{k: v for k, v in arguments.items() if k not in ("resume", "save_folder")}, *rest]
+
+
+def checkpoint_of(folder):
+    """The one checkpoint in a folder, but for a best one."""
+    (checkpoint,) = (path for path in Path(folder).glob("*.pt") if not path.stem.endswith("_best"))
+    return torch.load(checkpoint, weights_only=True)
+
+
+def assert_same(a, b):
+    """Equality to the bit of nested states."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for x, y in zip(a, b):
+            assert_same(x, y)
+    else:
+        assert a == b
+
+
+def assert_same_run(folder, other):
+    """Two runs with the same log lines and, to the bit, the same state."""
+    assert log_of(folder) == log_of(other)
+    a, b = checkpoint_of(folder), checkpoint_of(other)
+    for key in ("epoch", "parts", "generator"):
+        assert_same(a[key], b[key])
+
+
+def refused(result, *parts):
+    """Expect status 2 and one line on stderr that holds the parts."""
+    status, _, message = result
+    assert status == 2, message
+    assert message.count("\n") == 1
+    assert "error: " in message
+    assert all(str(part) in message for part in parts), message
 
 
 @pytest.fixture(scope="session")

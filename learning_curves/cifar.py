@@ -1,0 +1,241 @@
+"""What the CIFAR-10 scripts share beside utils.py: images on the device, optimizer, meters and published log line.
+
+Every CIFAR-10 folder has a copy of it. Change one, and `make utils FROM=<folder>`.
+"""
+
+import contextlib
+import dataclasses
+import hashlib
+import inspect
+import os
+from pathlib import Path
+
+import utils
+
+import PIL.Image
+import torch
+import torch.nn.functional as F
+from torchvision.datasets import CIFAR10, ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm import tqdm
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of the CIFAR-10 training images
+SIDE, PADDING = 32, 4  # pixels
+
+
+class Batches:
+    """A whole set as batches of normalised images (B, 3, 32, 32), in channels_last, and labels (B,) on the device.
+
+    The set is kept as uint8 (N, H, W, 3), so that a batch of crops is one indexing operation. With a generator, for
+    training: each pass in a new random order, each image padded by 4 zero pixels, cropped and flipped at random. The
+    generator is the CPU's, so that all devices see the same batches. A last training batch of one image is left out
+    (BatchNorm needs two); with drop_last, any incomplete one is.
+    """
+
+    def __init__(self, images, labels, batch_size, device, generator=None, drop_last=False):
+        self.batch_size, self.device, self.generator, self.drop_last = batch_size, device, generator, drop_last
+        self.images, self.labels = images.to(device), labels.to(device)
+        if generator:
+            self.images = F.pad(self.images, (0, 0, PADDING, PADDING, PADDING, PADDING))
+        self.mean, self.std = torch.tensor(MEAN, device=device), torch.tensor(STD, device=device)
+
+    def __len__(self):
+        complete, rest = divmod(len(self.labels), self.batch_size)
+        return complete + (0 if self.drop_last else rest > 1 if self.generator else rest > 0)
+
+    def __iter__(self):
+        for index, *crop in self.draw()[: len(self)]:
+            images = self.crop_and_flip(index, *crop) if crop else self.images[index]
+            # torchvision's ToTensor and Normalize, operation by operation: equal to the bit
+            images = images.float().div_(255).sub_(self.mean).div_(self.std)
+            yield images.permute(0, 3, 1, 2), self.labels[index]
+
+    def draw(self):
+        """One pass's (index,) of each batch or, in training, (index, top, left, flip), each (B,)."""
+        size = len(self.labels)
+        draws = torch.arange(size)[None]
+        if self.generator:
+            order = torch.randperm(size, generator=self.generator)
+            corner = torch.randint(2 * PADDING + 1, (2, size), generator=self.generator)
+            draws = torch.stack((order, *corner, torch.randint(2, (size,), generator=self.generator)))
+        return draws.to(self.device).split(self.batch_size, dim=1)
+
+    def crop_and_flip(self, index, top, left, flip):
+        """Image index[i], cropped to 32x32 at (top[i], left[i]), mirrored where flip[i]: (B, 32, 32, 3)."""
+        span = torch.arange(SIDE, device=self.device)
+        columns = left[:, None] + torch.where(flip[:, None] == 1, span.flip(0), span)
+        return self.images[index[:, None, None], (top[:, None] + span)[:, :, None], columns[:, None, :]]
+
+
+@dataclasses.dataclass
+class Data:
+    train: Batches
+    test: Batches
+    num_classes: int
+    description: str
+
+
+def add_data_flags(parser):
+    add = parser.add_argument_group("data").add_argument
+    add("--data", default="./data", help="CIFAR-10 (downloaded if missing), an image-folder tree, or: digits")
+    add("--train-size", type=utils.at_least(2), help="train on so many images, as many of each class")
+
+
+def load_data(args, device, drop_last=False):
+    """What --data names, on the device; the training set reduced to --train-size; drop_last: of training batches."""
+    root = Path(args.data)
+    if args.data == "digits":
+        kind, train, test, num_classes = "digits", *read_digits()
+    elif (root / "train").is_dir() or (root / "test").is_dir():
+        kind, train, test, num_classes = "image folder", *read_folder(root)
+    else:
+        kind, train, test, num_classes = "CIFAR-10", *read_cifar10(root)
+    if args.train_size:
+        train = balanced(*train, args.train_size, num_classes)
+    if drop_last and len(train[1]) < args.batch_size:
+        utils.fail(f"--batch-size {args.batch_size} is more than the {len(train[1])} training images")
+    batches = Batches(*train, args.batch_size, device, torch.Generator().manual_seed(args.seed), drop_last)
+    description = f"{kind}, {len(train[1])} training and {len(test[1])} test images of {num_classes} classes"
+    return Data(batches, Batches(*test, args.test_batch_size, device), num_classes, description)
+
+
+def read_digits():
+    """scikit-learn's 1,797 handwritten digits, enlarged from 8x8 pixels; the first 1,500 are for training."""
+    from sklearn.datasets import load_digits  # here, because it is slow
+
+    digits = load_digits()
+    grey = torch.from_numpy(digits.images).float()[:, None] * (255 / 16)
+    images = F.interpolate(grey, size=SIDE, mode="bilinear").round().byte().permute(0, 2, 3, 1).repeat(1, 1, 1, 3)
+    labels = torch.from_numpy(digits.target).long()
+    return (images[:1500], labels[:1500]), (images[1500:], labels[1500:]), 10
+
+
+def read_cifar10(root):
+    try:
+        train, test = (CIFAR10(root, train=train, download=True) for train in (True, False))
+    except Exception as error:  # no network, no space, a damaged archive, ...: each has its own
+        utils.fail(
+            f"no CIFAR-10 in {root}, and the download failed ({error}): put cifar-10-batches-py there, or images into "
+            "train/<class>/ and test/<class>/, or use --data digits, which needs no download"
+        )
+    return *((torch.from_numpy(split.data), torch.tensor(split.targets)) for split in (train, test)), 10
+
+
+def read_folder(root):
+    try:
+        train, test = ImageTree(root / "train"), ImageTree(root / "test")
+    except OSError as error:
+        utils.fail(f"no complete image folder in {root}: {error}")
+    if train.classes != test.classes:
+        utils.fail(f"the classes in {root}/train and {root}/test differ: {sorted({*train.classes} ^ {*test.classes})}")
+    return *((decode(split), torch.tensor(split.targets)) for split in (train, test)), len(train.classes)
+
+
+class ImageTree(ImageFolder):
+    """torchvision's ImageFolder without what is hidden, such as .ipynb_checkpoints; at least two classes."""
+
+    def __init__(self, root):
+        super().__init__(root, loader=self.load, is_valid_file=self.is_image)
+
+    def find_classes(self, directory):
+        if broken := [entry.path for entry in os.scandir(directory) if not os.path.exists(entry.path)]:
+            raise FileNotFoundError(f"{broken[0]} is a link to nowhere")
+        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        if len(classes) < 2:
+            raise FileNotFoundError(f"{directory} has images of {len(classes)} class; at least two are needed")
+        return classes, {name: label for label, name in enumerate(classes)}
+
+    def is_image(self, path):
+        hidden = any(part.startswith(".") for part in Path(path).relative_to(self.root).parts)
+        return not hidden and has_file_allowed_extension(path, IMG_EXTENSIONS)
+
+    @staticmethod
+    def load(path):
+        """The image in 8-bit RGB; of 16 bits or floating-point numbers, PIL would make white or black."""
+        with PIL.Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"its channels have more than 8 bits (PIL's mode {image.mode}): convert it first")
+            return image.convert("RGB")
+
+
+def decode(tree):
+    """Images (N, 32, 32, 3) of an ImageTree, decoded once and kept in a file beside it."""
+    key, files = [PIL.__version__, inspect.getsource(ImageTree.load)], [path for path, _ in tree.samples]
+    for path in files:
+        try:
+            stat = os.stat(path)
+        except OSError as error:  # a link to nowhere
+            utils.fail(f"cannot read the image {path}: {error.strerror}")
+        key.append((os.path.relpath(path, tree.root), stat.st_size, stat.st_mtime_ns))
+    key, cache = hashlib.sha256(repr(key).encode()).hexdigest(), Path(f"{tree.root}.decoded.pt")
+    with contextlib.suppress(Exception):  # not there, or damaged: decoded again
+        cached = torch.load(cache, weights_only=True)
+        if cached["key"] == key:
+            return cached["images"]
+    images = torch.empty(len(files), SIDE, SIDE, 3, dtype=torch.uint8)
+    for i, path in enumerate(tqdm(files, f"decoding {tree.root}", disable=None, leave=False)):
+        try:
+            image = pil_to_tensor(tree.loader(path))
+        except Exception as error:  # PIL's decoders raise all kinds
+            utils.fail(f"cannot read the image {path}: {error}")
+        if image.shape[1:] != (SIDE, SIDE):
+            utils.fail(f"{path} has {image.shape[2]}x{image.shape[1]} pixels, not {SIDE}x{SIDE}")
+        images[i] = image.permute(1, 2, 0)
+    with contextlib.suppress(OSError, RuntimeError):  # a folder that cannot be written to: decoded in every run
+        utils.save({"key": key, "images": images}, cache)
+    return images
+
+
+def balanced(images, labels, size, num_classes):
+    """The first images of each class, `size` in all; the classes' numbers differ by at most one."""
+    smallest = labels.bincount(minlength=num_classes).min().item()
+    if not num_classes <= size <= num_classes * smallest:
+        utils.fail(
+            f"--train-size {size}: as many of each of the {num_classes} classes, from {num_classes} to "
+            f"{num_classes * smallest} images, as the smallest class has {smallest} images"
+        )
+    place = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]  # of an image among those of its class
+    chosen = (place * num_classes + labels).argsort()[:size]
+    chosen = chosen[labels[chosen].argsort(stable=True)]
+    return images[chosen], labels[chosen]
+
+
+def sgd(modules, lr, weight_decay, nesterov=False):
+    """SGD with momentum 0.9 over the parameters of the modules, fused."""
+    parameters = [p for module in modules for p in module.parameters()]
+    optimizer = torch.optim.SGD(parameters, lr, 0.9, weight_decay=weight_decay, nesterov=nesterov, fused=True)
+    for p in parameters:  # torch leaves it uninitialised if fp16's loss scaling skips the first step
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
+
+
+def grad_scaler(args, device):
+    """Loss scaling, one for each loss with an optimizer of its own; does nothing unless --precision is fp16."""
+    return torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+
+
+class Meter:
+    """Mean loss and top-1 in % since the last `pop`, added up on the device."""
+
+    def __init__(self, device):
+        self.sums, self.count = torch.zeros(2, dtype=torch.float64, device=device), 0
+
+    def update(self, loss, logits, labels):
+        """Add a batch: its mean loss, logits (B, num_classes), labels (B,)."""
+        self.sums += torch.stack((loss.detach() * len(labels), (logits.argmax(1) == labels).sum()))
+        self.count += len(labels)
+
+    def pop(self):
+        """(mean loss, top-1); the meter starts again from zero."""
+        loss, top1 = (self.sums / self.count).tolist()
+        self.sums.zero_()
+        self.count = 0
+        return loss, 100 * top1
+
+
+def log_epoch(run, n, epoch, meter, test_top1):
+    """Log the published line of module n, and empty its meter."""
+    loss, top1 = meter.pop()
+    run.check_finite(loss, n, epoch)
+    run.log(f"n: {n}, epoch {epoch}, loss: {loss:.5f}, train top1:{top1:.3f} test top1:{test_top1:.2f}")
