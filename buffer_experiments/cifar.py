@@ -10,6 +10,8 @@ import inspect
 import os
 from pathlib import Path
 
+import utils
+
 import PIL.Image
 import torch
 import torch.nn.functional as F
@@ -17,8 +19,6 @@ from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from torchvision.transforms.functional import pil_to_tensor
 from tqdm import tqdm
-
-import utils
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)  # of the CIFAR-10 training images
 SIDE, PADDING = 32, 4  # pixels

@@ -32,22 +32,23 @@ class Context:
     """What the scripts' mains make, for one script: device, network, optimizers, random images."""
 
     def __init__(self, folder, script, args, flags=()):
-        self.script, self.utils = load(folder, script), sys.modules["utils"]
+        self.script = load(folder, script)
+        self.cifar, self.utils = sys.modules["cifar"], sys.modules["utils"]
         flags = ["--batch-size", str(BATCH), *(["--no-cuda"] if args.no_cuda else []), *flags]
         self.args = self.script.parse_args(flags)
         self.device = self.utils.setup(self.args)
         self.autocast = self.utils.autocast(self.args, self.device)
         size = BATCH * args.batches
         images, labels = torch.randint(256, (size, 32, 32, 3), dtype=torch.uint8), torch.arange(size) % 10
-        self.train = self.utils.Batches(images, labels, BATCH, self.device, torch.Generator())
-        self.test = self.utils.Batches(images, labels, 256, self.device)
+        self.train = self.cifar.Batches(images, labels, BATCH, self.device, torch.Generator())
+        self.test = self.cifar.Batches(images, labels, 256, self.device)
 
     def network(self, model):
         """Put the network on the device and make an optimizer, a scaler and a meter for each module."""
-        self.model = self.utils.prepare(model, self.args, self.device)
-        self.optimizers = [self.utils.sgd(parts, 0.01, 5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
-        self.scalers = [self.utils.grad_scaler(self.args, self.device) for _ in self.optimizers]
-        self.meters = [self.utils.Meter(self.device) for _ in self.optimizers]
+        self.model = self.utils.to_device(model, self.args, self.device)
+        self.optimizers = [self.cifar.sgd(parts, 0.01, 5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
+        self.scalers = [self.cifar.grad_scaler(self.args, self.device) for _ in self.optimizers]
+        self.meters = [self.cifar.Meter(self.device) for _ in self.optimizers]
 
 
 class PILImages(Dataset):
@@ -74,7 +75,7 @@ class PILImages(Dataset):
 def learning_curves(args):
     c = Context("learning_curves", "cifar_dgl", args)
     c.network(c.script.DGLNet(10))
-    everything = c.utils.sgd([*c.model.blocks, c.model.auxiliary_nets[-1]], 0.01, 5e-4)
+    everything = c.cifar.sgd([*c.model.blocks, c.model.auxiliary_nets[-1]], 0.01, 5e-4)
     sequential = load("learning_curves", "cifar_sequential_greedy")
     last = len(c.optimizers) - 1
 
@@ -131,9 +132,9 @@ def learning_curves(args):
 def dni_comparisons(args):
     for name, flags in (("backprop", []), ("DNI", ["--dni"]), ("cDNI", ["--dni", "--context"])):
         c = Context("dni_comparisons", "cifar_cnn_dni", args, flags)
-        c.model = c.utils.prepare(c.script.CNN(10, c.args.dni, c.args.context), c.args, c.device)
-        parts = c.script.make_optimizer(c.model, c.args.sgd), c.utils.grad_scaler(c.args, c.device), c.autocast
-        meter, context_dim = c.utils.Meter(c.device), 10 if c.args.context else None
+        c.model = c.utils.to_device(c.script.CNN(10, c.args.dni, c.args.context), c.args, c.device)
+        parts = c.script.make_optimizer(c.model, c.args.sgd), c.cifar.grad_scaler(c.args, c.device), c.autocast
+        meter, context_dim = c.cifar.Meter(c.device), 10 if c.args.context else None
         yield (
             f"dni_comparisons: {name}",
             lambda c=c, parts=parts, meter=meter, n=context_dim: c.script.train_epoch(
@@ -142,10 +143,10 @@ def dni_comparisons(args):
             lambda c=c: c.script.evaluate(c.model, c.autocast, c.test),
         )
     c = Context("dni_comparisons", "cifar_dgl", args)
-    c.model = c.utils.prepare(c.script.DGLNet(10), c.args, c.device)
+    c.model = c.utils.to_device(c.script.DGLNet(10), c.args, c.device)
     modules = list(zip(c.model.blocks, c.model.auxiliary_nets))
     optimizers = [c.script.make_optimizer(*module) for module in modules]
-    scalers, meter = [c.utils.grad_scaler(c.args, c.device) for _ in modules], c.utils.Meter(c.device)
+    scalers, meter = [c.cifar.grad_scaler(c.args, c.device) for _ in modules], c.cifar.Meter(c.device)
     yield (
         "dni_comparisons: DGL",
         lambda: c.script.train_epoch(c.model, optimizers, scalers, c.autocast, c.train, meter),
@@ -171,8 +172,8 @@ def ddg_comparisons(args):
     for name, script, modules in rows:
         c = Context("ddg_comparisons", script, args, ["--num_splits", f"{modules}"])
         network = c.script.DGLNet if name == "DGL" else c.script.ResNet
-        c.model = c.utils.prepare(network(10, c.args.depth, modules), c.args, c.device)
-        scaler, meter = c.utils.grad_scaler(c.args, c.device), c.utils.Meter(c.device)
+        c.model = c.utils.to_device(network(10, c.args.depth, modules), c.args, c.device)
+        scaler, meter = c.cifar.grad_scaler(c.args, c.device), c.cifar.Meter(c.device)
         if name == "backprop":
             parts = [c.script.make_optimizer(c.model), scaler]
         else:
@@ -193,7 +194,7 @@ def buffer_experiments(args):
     """A row of 128 images is a step of each of the six layers. The buffers' own cost is a row of its own."""
     for name, flags in (("", []), (", --quantize 8,256", ["--quantize", "8,256"])):
         c = Context("buffer_experiments", "cifar_buffer", args, ["--seed", "0", "--buffer", "2", *flags])
-        c.model = c.utils.prepare(c.script.make_network(c.args, 10), c.args, c.device)
+        c.model = c.utils.to_device(c.script.make_network(c.args, 10), c.args, c.device)
         simulation = c.script.Simulation(c.args, c.model, c.train, c.device)
         outputs = [torch.randn(BATCH, *shape, device=c.device) for shape in c.model.shapes[:-1]]
         outputs = [x.to(memory_format=torch.channels_last) for x in outputs]

@@ -28,20 +28,20 @@ def pytest_configure():
 # Running scripts
 
 
-def load(folder, name):
-    """Import ROOT/folder/name.py with that folder's own modules, whatever was imported from other folders before."""
+def load(folder, name, root=ROOT):
+    """Import root/folder/name.py with that folder's own modules, whatever was imported from other folders before."""
     for module in [m for m in sys.modules if m.split(".")[0] in {*COMMON_NAMES, name}]:
         del sys.modules[module]
-    sys.path.insert(0, str(ROOT / folder))
+    sys.path.insert(0, str(root / folder))
     try:
         return importlib.import_module(name)
     finally:
-        sys.path.remove(str(ROOT / folder))
+        sys.path.remove(str(root / folder))
 
 
-def run(script, *flags, cwd):
+def run(script, *flags, cwd, root=ROOT):
     """Run a script's `main` in the folder cwd, as if by `python script flags`: (exit status, stdout, stderr)."""
-    main, status, before = load(*script.removesuffix(".py").split("/")).main, 0, os.getcwd()
+    main, status, before = load(*script.removesuffix(".py").split("/"), root).main, 0, os.getcwd()
     os.chdir(cwd)
     with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
         try:
@@ -69,9 +69,15 @@ def forked(function, *arguments, errors):
 
     What it writes to stderr goes to the file `errors`, as from an interpreter: an uncaught error's traceback or line.
     """
+    process = start(function, *arguments, errors=errors)
+    process.join(300)
+    return process.exitcode
+
+
+def start(function, *arguments, errors):
+    """The process of `forked`, started and not waited for."""
 
     def child():
-        os.setpgrp()
         sys.stderr = Path(errors).open("w", buffering=1)  # noqa: SIM115
         try:
             function(*arguments)
@@ -90,8 +96,7 @@ def forked(function, *arguments, errors):
 
     process = multiprocessing.get_context("fork").Process(target=child)
     process.start()
-    process.join(300)
-    return process.exitcode
+    return process
 
 
 def torchrun(*command, cwd, size=2, restarts=0, timeout=300, **environment):

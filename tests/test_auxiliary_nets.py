@@ -19,7 +19,7 @@ DEVICES = [
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
 ]
 dgl = load("auxiliary_nets_study", "cifar_dgl")
-utils = dgl.utils
+cifar, utils = dgl.cifar, dgl.utils
 
 
 def make(*shape, device="cpu", flags=(), channels=8):
@@ -27,18 +27,18 @@ def make(*shape, device="cpu", flags=(), channels=8):
     args = dgl.parse_args(flags)
     torch.manual_seed(0)
     device = torch.device(device)
-    model = utils.prepare(dgl.DGLNet(10, *shape, channels=channels), args, device)
-    optimizers = [utils.sgd(parts, lr=0.1, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
-    scalers = [utils.grad_scaler(args, device) for _ in optimizers]
+    model = utils.to_device(dgl.DGLNet(10, *shape, channels=channels), args, device)
+    optimizers = [cifar.sgd(parts, lr=0.1, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
+    scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     images = torch.randint(256, (40, 32, 32, 3), dtype=torch.uint8)
-    batches = utils.Batches(images, torch.arange(40) % 10, 16, device, torch.Generator().manual_seed(0))
+    batches = cifar.Batches(images, torch.arange(40) % 10, 16, device, torch.Generator().manual_seed(0))
     return model, optimizers, scalers, utils.autocast(args, device), batches
 
 
 def train(parts, **options):
-    meters = [utils.Meter(parts[-1].device) for _ in parts[1]]
+    meters = [cifar.Meter(parts[-1].device) for _ in parts[1]]
     dgl.train_epoch(*parts, meters, **options)
-    return [meter.read()[0] for meter in meters]
+    return [meter.pop()[0] for meter in meters]
 
 
 def kinds(net):
@@ -132,7 +132,7 @@ def test_one_module_is_backprop_to_the_bit():
 def test_one_pass_evaluation_equals_each_module_by_itself(batch_size):
     parts = model, *_, autocast, batches = make("mlp-sr", 2)
     train(parts)
-    batches = utils.Batches(batches.images[:, 4:36, 4:36], batches.labels, batch_size, batches.device)
+    batches = cifar.Batches(batches.images[:, 4:36, 4:36], batches.labels, batch_size, batches.device)
     top1 = dgl.evaluate(model, autocast, batches)
     assert not model.training
     for n in range(3):

@@ -15,7 +15,7 @@ DEVICES = [
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
 ]
 backprop = load("ddg_comparisons", "cifar_backprop")
-utils, models = backprop.utils, sys.modules["models"]
+cifar, utils, models = backprop.cifar, backprop.utils, sys.modules["models"]
 METHODS = {"backprop": backprop}
 for name in ("dgl", "ddg", "features_replay"):
     METHODS[name] = load("ddg_comparisons", f"cifar_{name}")
@@ -27,7 +27,7 @@ delayed = pytest.mark.parametrize("method", DELAYED)
 def random_batches(device, batch_size=16, size=40):
     generator = torch.Generator().manual_seed(0)
     images = torch.randint(256, (size, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    return utils.Batches(images, torch.arange(size) % 10, batch_size, device, generator, drop_last=True)
+    return cifar.Batches(images, torch.arange(size) % 10, batch_size, device, generator, drop_last=True)
 
 
 class Training:
@@ -39,15 +39,15 @@ class Training:
         torch.manual_seed(0)
         network = script.DGLNet if method == "dgl" else script.ResNet
         model = model or network(10, depth, num_splits)
-        self.model = utils.prepare(model, self.args, self.device)
+        self.model = utils.to_device(model, self.args, self.device)
         self.autocast = utils.autocast(self.args, self.device)
         if method == "backprop":
-            self.optimizers, self.scalers = script.make_optimizer(self.model), utils.grad_scaler(self.args, self.device)
-            self.meters = utils.Meter(device)
+            self.optimizers, self.scalers = script.make_optimizer(self.model), cifar.grad_scaler(self.args, self.device)
+            self.meters = cifar.Meter(device)
         else:
             self.optimizers = script.make_optimizers(self.model)
-            self.scalers = [utils.grad_scaler(self.args, self.device) for _ in self.optimizers]
-            self.meters = [utils.Meter(device) for _ in self.optimizers] if method == "dgl" else utils.Meter(device)
+            self.scalers = [cifar.grad_scaler(self.args, self.device) for _ in self.optimizers]
+            self.meters = [cifar.Meter(device) for _ in self.optimizers] if method == "dgl" else cifar.Meter(device)
         delays = {"ddg": lambda: script.Delays(self.model, self.autocast), "features_replay": self.delays_of_fr}
         self.delays = [delays[method]()] if method in delays else []
 
@@ -233,7 +233,7 @@ def test_evaluate_is_one_pass_and_equals_the_forward_passes(method, device):
     batches = random_batches(device)
     for _ in range(3):  # so that not all images get the same class
         training.epoch(batches)
-    test = utils.Batches(batches.images[:, 4:36, 4:36].cpu(), batches.labels.cpu(), 16, training.device)
+    test = cifar.Batches(batches.images[:, 4:36, 4:36].cpu(), batches.labels.cpu(), 16, training.device)
     model, runs = training.model, []
     hook = model.blocks[0].register_forward_hook(lambda *_: runs.append(1))
     top1 = training.script.evaluate(model, training.autocast, test)
@@ -284,7 +284,7 @@ def test_one_module_equals_backprop_to_the_bit(method, precision):
         batches = random_batches("cpu")
         t.epoch(batches).epoch(batches)
     assert equal(state(training.model), state(expected.model))
-    assert training.meters.read() == expected.meters.read()
+    assert training.meters.pop() == expected.meters.pop()
 
 
 @delayed
@@ -447,9 +447,13 @@ def test_running_statistics_count_every_batch_once(method):
     assert expected.blocks[0][1].num_batches_tracked == 4
 
 
-def through_a_file(parts, path):
-    torch.save(utils.state_of(parts), path)
+def through_a_file(part, path):
+    torch.save(part.state_dict(), path)
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def parts_of(training):
+    return [training.model, *training.optimizers, *training.scalers, *training.delays]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -460,18 +464,16 @@ def test_resume_in_the_middle_of_the_delays(method, precision, device, tmp_path)
     make = {"depth": 14, "num_splits": 3, "device": device, "flags": ["--precision", precision]}
     whole, first, second = (Training(method, **make) for _ in range(3))
     first.epoch(OneByOne(batches[:3], device=device))
-    names = ("model", "optimizers", "scalers", "delays")
-    for name in names:
-        saved = through_a_file(getattr(first, name), tmp_path / name)
-        utils.load_state(getattr(second, name), saved)
+    for part, same_part in zip(parts_of(first), parts_of(second)):
+        same_part.load_state_dict(through_a_file(part, tmp_path / "part"))
     assert equal(state(second.model), state(first.model))  # rebuilding graphs left the running statistics alone
     second.epoch(OneByOne(batches[3:], device=device))
     whole.epoch(OneByOne(batches[:3], device=device)).epoch(OneByOne(batches[3:], device=device))
     a, b = state(whole.model), state(second.model)
     if device == "cpu":
         assert equal(a, b)
-        saved = [through_a_file(t.delays, tmp_path / "delays") for t in (whole, second)]
-        assert torch.equal(saved[0][0]["gradients"][0], saved[1][0]["gradients"][0])
+        saved = [through_a_file(t.delays[0], tmp_path / "delays") for t in (whole, second)]
+        assert torch.equal(saved[0]["gradients"][0], saved[1]["gradients"][0])
     else:
         assert all(torch.allclose(a[k].float(), b[k].float(), atol=1e-2) for k in a)
         assert second.delays[0].gradients[0].device.type == device
@@ -485,7 +487,7 @@ def test_half_precision(method, precision, device):
     for flags in ([], ["--precision", precision]):
         training = Training(method, device=device, flags=flags).epoch(random_batches(device, size=64))
         meter = training.meters[-1] if method == "dgl" else training.meters
-        losses.append(meter.read()[0])
+        losses.append(meter.pop()[0])
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=0.2)
 

@@ -20,7 +20,7 @@ DEVICES = [
 FOLDER = ROOT / "dni_comparisons"
 dgl = load("dni_comparisons", "cifar_dgl")
 cnn = load("dni_comparisons", "cifar_cnn_dni")
-dni, models, utils = cnn.dni, sys.modules["models"], cnn.utils
+cifar, dni, models, utils = cnn.cifar, cnn.dni, sys.modules["models"], cnn.utils
 
 
 def error(synthetic, true):
@@ -287,6 +287,7 @@ def test_autocast_trains_a_synthesizer_that_was_called_before():
     assert all(g is not None and g.any() for g in gradients(net.interface))
 
 
+@pytest.mark.slow
 def test_compiled():
     if not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler")
@@ -309,15 +310,15 @@ def make(script, flags=(), device="cpu"):
     torch.manual_seed(0)
     device = torch.device(device)
     images = torch.randint(256, (40, 32, 32, 3), dtype=torch.uint8)
-    batches = utils.Batches(images, torch.arange(40) % 10, 16, device, torch.Generator().manual_seed(0))
+    batches = cifar.Batches(images, torch.arange(40) % 10, 16, device, torch.Generator().manual_seed(0))
     if script is dgl:
-        model = utils.prepare(models.DGLNet(10), args, device)
+        model = utils.to_device(models.DGLNet(10), args, device)
         optimizers = [dgl.make_optimizer(*module) for module in zip(model.blocks, model.auxiliary_nets)]
-        scalers = [utils.grad_scaler(args, device) for _ in optimizers]
+        scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     else:
-        model = utils.prepare(models.CNN(10, args.dni, args.context), args, device)
-        optimizers, scalers = cnn.make_optimizer(model, args.sgd), utils.grad_scaler(args, device)
-    return model, optimizers, scalers, utils.autocast(args, device), batches, utils.Meter(device)
+        model = utils.to_device(models.CNN(10, args.dni, args.context), args, device)
+        optimizers, scalers = cnn.make_optimizer(model, args.sgd), cifar.grad_scaler(args, device)
+    return model, optimizers, scalers, utils.autocast(args, device), batches, cifar.Meter(device)
 
 
 def state(*parts):
@@ -419,7 +420,7 @@ def test_bf16_is_near_fp32(script, flags):
     for precision in ("bf16", "fp32"):
         *others, meter = make(script, [*flags, "--precision", precision])
         script.train_epoch(*others, meter)
-        losses.append(meter.read()[0])
+        losses.append(meter.pop()[0])
     assert losses[0] != losses[1]
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
@@ -456,6 +457,7 @@ def test_the_worked_examples_learn(number, monkeypatch):
     assert last < 0.7 * first
 
 
+@pytest.mark.slow
 def test_two_processes(tmp_path):
     """The fifth example, as its README starts it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

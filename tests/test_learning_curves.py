@@ -16,7 +16,7 @@ DEVICES = [
 ]
 dgl = load("learning_curves", "cifar_dgl")
 sequential = load("learning_curves", "cifar_sequential_greedy")
-utils = dgl.utils
+cifar, utils = dgl.cifar, dgl.utils
 
 
 def make(device="cpu", seed=0, flags=()):
@@ -24,11 +24,11 @@ def make(device="cpu", seed=0, flags=()):
     args = dgl.parse_args(["--seed", str(seed), *flags])
     torch.manual_seed(seed)
     device = torch.device(device)
-    model = utils.prepare(dgl.DGLNet(10), args, device)
-    optimizers = [utils.sgd(parts, lr=0.1, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
-    scalers = [utils.grad_scaler(args, device) for _ in optimizers]
+    model = utils.to_device(dgl.DGLNet(10), args, device)
+    optimizers = [cifar.sgd(parts, lr=0.1, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
+    scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     images = torch.randint(256, (40, 32, 32, 3), dtype=torch.uint8)
-    batches = utils.Batches(images, torch.arange(40) % 10, 16, device, torch.Generator().manual_seed(seed))
+    batches = cifar.Batches(images, torch.arange(40) % 10, 16, device, torch.Generator().manual_seed(seed))
     return model, optimizers, scalers, utils.autocast(args, device), batches
 
 
@@ -86,10 +86,10 @@ def watch(model, n, optimizer):
 def watched_epoch(device="cpu", flags=()):
     model, optimizers, scalers, autocast, batches = make(device, flags=flags)
     steps = [watch(model, n, optimizer) for n, optimizer in enumerate(optimizers)]
-    meters = [utils.Meter(batches.device) for _ in optimizers]
+    meters = [cifar.Meter(batches.device) for _ in optimizers]
     dgl.train_epoch(model, optimizers, scalers, autocast, batches, meters)
     assert steps == [[n] * 3 for n in range(4)]
-    return [meter.read()[0] for meter in meters]
+    return [meter.pop()[0] for meter in meters]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -116,7 +116,7 @@ def test_dgl_equals_training_each_module_on_the_stored_outputs_of_the_one_below(
     model, optimizers, scalers, autocast, batches = make()
     alone, alone_optimizers, *_ = make()
     assert equal(state(model), state(alone))
-    meters = [utils.Meter("cpu") for _ in optimizers]
+    meters = [cifar.Meter("cpu") for _ in optimizers]
     outputs = [[] for _ in optimizers]
     hooks = [
         b.register_forward_hook(lambda _, x, y, n=n: outputs[n].append(y.detach().clone()))
@@ -148,7 +148,7 @@ class NoItem(TorchDispatchMode):
 
 def test_no_value_is_read_in_the_training_loop(monkeypatch):
     model, optimizers, scalers, autocast, batches = make()
-    meters = [utils.Meter("cpu") for _ in optimizers]
+    meters = [cifar.Meter("cpu") for _ in optimizers]
     with NoItem(), monkeypatch.context() as patch:
         for name in ("tolist", "numpy", "cpu"):
             patch.setattr(torch.Tensor, name, lambda *_: pytest.fail("a tensor is read in the training loop"))
@@ -162,7 +162,7 @@ def test_no_value_is_read_in_the_training_loop(monkeypatch):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_cpu_never_waits_for_the_gpu_in_the_training_loop(precision):
     model, optimizers, scalers, autocast, batches = make("cuda", flags=["--precision", precision])
-    meters = [utils.Meter("cuda") for _ in optimizers]
+    meters = [cifar.Meter("cuda") for _ in optimizers]
     dgl.train_epoch(model, optimizers, scalers, autocast, batches, meters)  # cuDNN chooses its kernels
     batches = list(batches)
     torch.cuda.set_sync_debug_mode("error")
@@ -181,7 +181,7 @@ def test_sequential_trains_layer_n_and_nothing_else(n, device):
     for m in range(4):
         model.blocks[m].register_forward_hook(lambda _, x, y, m=m: calls.append((m, y.requires_grad)))
         model.auxiliary_nets[m].register_forward_hook(lambda *_, m=m: calls.append(("auxiliary", m)))
-    sequential.train_epoch(model, n, optimizers[n], scalers[n], autocast, batches, utils.Meter(batches.device))
+    sequential.train_epoch(model, n, optimizers[n], scalers[n], autocast, batches, cifar.Meter(batches.device))
     for m in range(4):
         assert equal(before[m], module_state(model, m)) == (m != n)  # BatchNorm's running statistics included
     assert calls == 3 * [*((m, False) for m in range(n)), (n, True), ("auxiliary", n)]
@@ -189,9 +189,9 @@ def test_sequential_trains_layer_n_and_nothing_else(n, device):
 
 def test_layer_1_is_the_same_in_both_methods():
     first, second = make(), make()
-    dgl.train_epoch(*first, [utils.Meter("cpu") for _ in range(4)])
+    dgl.train_epoch(*first, [cifar.Meter("cpu") for _ in range(4)])
     model, optimizers, scalers, autocast, batches = second
-    sequential.train_epoch(model, 0, optimizers[0], scalers[0], autocast, batches, utils.Meter("cpu"))
+    sequential.train_epoch(model, 0, optimizers[0], scalers[0], autocast, batches, cifar.Meter("cpu"))
     assert equal(module_state(first[0], 0), module_state(model, 0))
 
 
@@ -199,7 +199,7 @@ def test_layer_1_is_the_same_in_both_methods():
 def test_evaluate_equals_forward_upto_n_and_runs_every_block_once(device):
     model, _, _, autocast, train = make(device)
     colours = torch.randint(256, (30, 1, 1, 3), dtype=torch.uint8).expand(-1, 32, 32, -1)
-    batches = utils.Batches(colours, torch.arange(30) % 3, 8, train.device)
+    batches = cifar.Batches(colours, torch.arange(30) % 3, 8, train.device)
     for net in model.auxiliary_nets:  # untrained ones would give all images the same class
         torch.nn.init.normal_(net[-1].weight, std=10)
     runs = []

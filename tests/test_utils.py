@@ -3,6 +3,7 @@
 import filecmp
 import os
 import pickle
+import shutil
 import time
 
 import numpy as np
@@ -14,7 +15,8 @@ from conftest import ROOT, load
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
-utils = load("learning_curves", "utils")
+cifar = load("learning_curves", "cifar")
+utils = cifar.utils
 
 
 def arguments(*flags):
@@ -22,7 +24,7 @@ def arguments(*flags):
 
 
 def load_data(*flags):
-    return utils.load_data(arguments(*flags), torch.device("cpu"))
+    return cifar.load_data(arguments(*flags), torch.device("cpu"))
 
 
 def refused(capsys, *flags):
@@ -35,9 +37,10 @@ def refused(capsys, *flags):
     return message
 
 
-def test_all_copies_are_the_same():
-    copies = sorted(ROOT.glob("*/utils.py"))
-    assert copies
+@pytest.mark.parametrize(("name", "number"), [("utils.py", 6), ("cifar.py", 5)])
+def test_all_copies_are_the_same(name, number):
+    copies = sorted(ROOT.glob(f"*/{name}"))
+    assert len(copies) == number
     assert all(filecmp.cmp(copies[0], copy, shallow=False) for copy in copies)
 
 
@@ -51,8 +54,8 @@ def random_set(size, seed=0):
 
 def test_a_training_batch_equals_torchvision_image_by_image():
     images, labels = random_set(20)
-    batches = utils.Batches(images, labels, 8, "cpu", torch.Generator().manual_seed(1))
-    draws = torch.cat(utils.Batches(images, labels, 8, "cpu", torch.Generator().manual_seed(1)).draw(), dim=1)
+    batches = cifar.Batches(images, labels, 8, "cpu", torch.Generator().manual_seed(1))
+    draws = torch.cat(cifar.Batches(images, labels, 8, "cpu", torch.Generator().manual_seed(1)).draw(), dim=1)
     assert {*draws[3].tolist()} == {0, 1}
     result, order = (torch.cat(parts) for parts in zip(*batches))
     for image, index, top, left, flip in zip(result, *draws.tolist()):
@@ -66,7 +69,7 @@ def test_a_training_batch_equals_torchvision_image_by_image():
 
 def test_a_test_batch_is_only_normalised_and_in_order():
     images, labels = random_set(10)
-    result, order = (torch.cat(parts) for parts in zip(*utils.Batches(images, labels, 4, "cpu")))
+    result, order = (torch.cat(parts) for parts in zip(*cifar.Batches(images, labels, 4, "cpu")))
     assert order.tolist() == list(range(10))
     for image, expected in zip(result, images.numpy()):
         expected = TF.normalize(TF.to_tensor(expected), (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
@@ -75,12 +78,12 @@ def test_a_test_batch_is_only_normalised_and_in_order():
 
 def test_batches_are_channels_last():
     for generator in (None, torch.Generator()):
-        for images, _ in utils.Batches(*random_set(5), 4, "cpu", generator):
+        for images, _ in cifar.Batches(*random_set(5), 4, "cpu", generator):
             assert images.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_draws_are_uniform_and_new_in_each_pass():
-    batches = utils.Batches(*random_set(9000), 100, "cpu", torch.Generator().manual_seed(0))
+    batches = cifar.Batches(*random_set(9000), 100, "cpu", torch.Generator().manual_seed(0))
     first, second = (torch.cat(batches.draw(), dim=1) for _ in range(2))
     assert first[0].sort().values.tolist() == list(range(9000))
     assert not torch.equal(first, second)
@@ -94,7 +97,7 @@ def test_draws_are_uniform_and_new_in_each_pass():
     ("size", "training", "sizes"), [(9, True, [4, 4]), (9, False, [4, 4, 1]), (10, True, [4, 4, 2])]
 )
 def test_a_last_training_batch_of_one_image_is_left_out(size, training, sizes):
-    batches = utils.Batches(*random_set(size), 4, "cpu", torch.Generator() if training else None)
+    batches = cifar.Batches(*random_set(size), 4, "cpu", torch.Generator() if training else None)
     assert [len(labels) for _, labels in batches] == sizes
     assert len(batches) == len(sizes)
 
@@ -103,13 +106,12 @@ def test_a_last_training_batch_of_one_image_is_left_out(size, training, sizes):
 
 
 def test_drop_last_leaves_an_incomplete_training_batch_out(capsys):
-    batches = utils.Batches(*random_set(11), 4, "cpu", torch.Generator(), drop_last=True)
+    batches = cifar.Batches(*random_set(11), 4, "cpu", torch.Generator(), drop_last=True)
     assert [len(labels) for _, labels in batches] == [4, 4]
     assert len(batches) == 2
-    args = utils.ArgumentParser(__file__, "").parse_args(["--data", "digits", "--train-size", "10"])
-    args.batch_size, args.test_batch_size, args.seed = 16, 16, 0
+    args = arguments("--data", "digits", "--train-size", 10, "--batch-size", 16)
     with pytest.raises(SystemExit):
-        utils.load_data(args, torch.device("cpu"), drop_last=True)
+        cifar.load_data(args, torch.device("cpu"), drop_last=True)
     assert "--batch-size 16" in capsys.readouterr().err
 
 
@@ -153,8 +155,8 @@ def copy_folder(image_folder, target):
 def test_images_are_decoded_once_and_again_when_one_changes(image_folder, tmp_path, monkeypatch):
     root = copy_folder(image_folder, tmp_path)
     decoded = []
-    convert = utils.pil_to_tensor
-    monkeypatch.setattr(utils, "pil_to_tensor", lambda image: decoded.append(1) or convert(image))
+    convert = cifar.pil_to_tensor
+    monkeypatch.setattr(cifar, "pil_to_tensor", lambda image: decoded.append(1) or convert(image))
     first = load_data("--data", root)
     assert len(decoded) == 30
     second = load_data("--data", root)
@@ -188,6 +190,57 @@ def test_folders_that_do_not_fit_are_refused(image_folder, tmp_path, capsys):
     assert f"{root}/test" in refused(capsys, "--data", root)
     (root / "test").mkdir()
     assert f"{root}/test" in refused(capsys, "--data", root)
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_an_image_of_more_than_8_bits_is_refused(image_folder, tmp_path, capsys, mode):
+    file = copy_folder(image_folder, tmp_path) / "train" / "class0" / "deep.tiff"
+    Image.new(mode, (32, 32), 20_000).save(file)
+    message = refused(capsys, "--data", tmp_path)
+    assert f"{file}: its channels have more than 8 bits" in message
+
+
+def test_a_decoded_folder_does_not_outlive_its_decoder(image_folder, tmp_path, monkeypatch):
+    root = copy_folder(image_folder, tmp_path)
+    load_data("--data", root)
+    monkeypatch.setattr(cifar.PIL, "__version__", "0.0")
+    decoded = []
+    convert = cifar.pil_to_tensor
+    monkeypatch.setattr(cifar, "pil_to_tensor", lambda image: decoded.append(1) or convert(image))
+    load_data("--data", root)
+    assert len(decoded) == 30
+
+
+def test_what_is_hidden_is_not_data(image_folder, tmp_path):
+    root = copy_folder(image_folder, tmp_path)
+    image = next((root / "train" / "class0").iterdir())
+    for hidden in (".ipynb_checkpoints/copy", "class0/.ipynb_checkpoints/copy", "class0/._copy"):
+        copy = root / "train" / f"{hidden}{image.suffix}"
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(image.read_bytes())
+    data = load_data("--data", root)
+    assert (len(data.train.labels), data.num_classes) == (20, 2)
+    hidden_parent = tmp_path / ".hidden"
+    copy_folder(image_folder, hidden_parent)
+    assert len(load_data("--data", hidden_parent).train.labels) == 20
+
+
+def test_links_to_nowhere_are_named(image_folder, tmp_path, capsys):
+    root = copy_folder(image_folder, tmp_path)
+    link = root / "train" / "class0" / "link.png"
+    link.symlink_to(tmp_path / "annex")
+    assert f"cannot read the image {link}" in refused(capsys, "--data", root)
+    link.unlink()
+    link = root / "test" / "class2"
+    link.symlink_to(tmp_path / "share")
+    assert f"{link} is a link to nowhere" in refused(capsys, "--data", root)
+
+
+def test_one_class_is_refused(image_folder, tmp_path, capsys):
+    root = copy_folder(image_folder, tmp_path)
+    for split in ("train", "test"):
+        shutil.rmtree(root / split / "class1")
+    assert "at least two are needed" in refused(capsys, "--data", root)
 
 
 def test_cifar10_in_torchvisions_format(tmp_path, monkeypatch):
@@ -226,27 +279,28 @@ def test_a_failed_download_names_the_way_out(tmp_path, capsys, monkeypatch):
 def test_meter_equals_the_direct_mean():
     generator = torch.Generator().manual_seed(0)
     logits, labels = torch.randn(50, 10, generator=generator), torch.randint(10, (50,), generator=generator)
-    meter = utils.Meter("cpu")
-    for _ in range(2):  # the second time: `read` has set it back
+    meter = cifar.Meter("cpu")
+    for _ in range(2):  # the second time: `pop` has set it back
         for x, y in zip(logits.split(16), labels.split(16)):
             meter.update(F.cross_entropy(x, y), x, y)
-        loss, top1 = meter.read()
+        loss, top1 = meter.pop()
         assert loss == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
         assert top1 == pytest.approx(100 * (logits.argmax(1) == labels).sum().item() / 50)
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
     path = tmp_path / "checkpoint.pt"
-    utils.write(path, {"epoch": 1})
+    utils.save({"epoch": 1}, path)
 
     def half_a_save(state, file):
-        file.write_bytes(b"half")
+        file.write(b"half")
         raise KeyboardInterrupt
 
     monkeypatch.setattr(torch, "save", half_a_save)
     with pytest.raises(KeyboardInterrupt):
-        utils.write(path, {"epoch": 2})
+        utils.save({"epoch": 2}, path)
     assert torch.load(path, weights_only=True) == {"epoch": 1}
+    assert [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", "", str(2**31)])
