@@ -17,6 +17,8 @@ import statistics
 import tempfile
 import time
 
+import utils
+
 import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
@@ -29,7 +31,7 @@ import imagenet
 import imagenet_dgl
 import models
 import schedule
-import utils
+import training
 from module_parallel import ModuleParallel
 
 CLASSES, WARM_UP = 10, 3  # classes; steps that are not measured
@@ -49,7 +51,7 @@ def parse_args(argv=None):
     add("--threads", type=utils.at_least(1), default=1, help="of a rank on a CPU: 1")
     add("--no-cuda", action="store_true", help="use the CPU even if there are GPUs")
     add("--picture", default="benchmark.png", help="benchmark.png")
-    parser.set_defaults(name="", seed=0)
+    parser.set_defaults(seed=0, precision="fp32")
     args = parser.parse_args(argv)
     args.cuda = torch.cuda.is_available() and not args.no_cuda
     if args.cuda and torch.cuda.device_count() < max(args.num_modules):
@@ -97,11 +99,13 @@ class Rank:
         return itertools.repeat((self.images[share], self.labels[share]), steps)
 
     def sgd(self, module):
-        return utils.sgd([module], lr=0.01, weight_decay=1e-4)
+        return training.sgd(module.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
 
     def modules(self):
         model = models.decouple(make_network(self.args), self.num_modules, CLASSES, self.args.image_size)
-        return [self.put(imagenet_dgl.Module(*parts)) for parts in zip(model.blocks, model.auxiliary_nets)]
+        return [
+            self.put(imagenet_dgl.Module(*parts, n)) for n, parts in enumerate(zip(model.blocks, model.auxiliary_nets))
+        ]
 
     def train_modules(self, modules, pipeline=None):
         """What trains modules for a number of steps."""

@@ -1,48 +1,82 @@
 """ImageNet, or any folder of its form: DIR/train/<class>/* and DIR/val/<class>/*.
 
-Worker processes decode, crop and flip; images travel as bytes and are normalised on the device. The order of the images
-and a seed for each image's crop and flip are drawn by one generator, in the main process. So the images of an epoch
-depend neither on the number of workers nor on that of ranks.
+Worker processes decode, crop and flip. Images travel as bytes and are normalised on the device. One generator in the
+main process draws the order of the images and a seed for the crop and flip of each, so the images of an epoch depend
+neither on the number of workers nor on the number of ranks.
 """
 
 import dataclasses
 import itertools
+import os
+import shutil
 import signal
 import sys
 from pathlib import Path
 
+import utils
+
+import PIL.Image
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from torchvision.transforms import v2
 
 import ranks
-import utils
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the ImageNet training images
 DEBUG_STEPS = 50
+PREFETCH = 2  # batches that each worker prepares in advance: DataLoader's default
+
+
+class ImageTree(ImageFolder):
+    """torchvision's ImageFolder without hidden files and folders, such as .ipynb_checkpoints; at least two classes."""
+
+    def __init__(self, root):
+        super().__init__(root, loader=self.load, is_valid_file=self.is_image)
+
+    def find_classes(self, directory):
+        if broken := [entry.path for entry in os.scandir(directory) if not os.path.exists(entry.path)]:
+            raise FileNotFoundError(f"{broken[0]} is a link to nowhere")
+        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        if len(classes) < 2:
+            raise FileNotFoundError(f"{directory} has images of {len(classes)} class; at least two are needed")
+        return classes, {name: label for label, name in enumerate(classes)}
+
+    def is_image(self, path):
+        hidden = any(part.startswith(".") for part in Path(path).relative_to(self.root).parts)
+        return not hidden and has_file_allowed_extension(path, IMG_EXTENSIONS)
+
+    @staticmethod
+    def load(path):
+        """The image in 8-bit RGB; of 16 bits or floating-point numbers, PIL would make white or black."""
+        with PIL.Image.open(path) as image:
+            if image.mode[0] in "IF":
+                raise ValueError(f"its channels have more than 8 bits (PIL's mode {image.mode}): convert it first")
+            return image.convert("RGB")
 
 
 class Images(Dataset):
-    """An ImageFolder's (uint8 image (3, s, s), label), or (None, what is wrong with its file); the index is a pair.
+    """An ImageTree's (uint8 image (3, s, s), label), or (None, what is wrong with its file); the index is a pair.
 
     Args:
         transform: of a PIL image, with random draws from torch's generator, which the pair's second number seeds.
     """
 
-    def __init__(self, folder, transform):
-        self.folder, self.transform = folder, transform
+    def __init__(self, tree, transform):
+        self.tree, self.transform = tree, transform
 
     def __len__(self):
-        return len(self.folder)
+        return len(self.tree)
 
     def __getitem__(self, index_and_seed):
         index, seed = index_and_seed
-        path, label = self.folder.samples[index]
+        path, label = self.tree.samples[index]
         try:
-            image = self.folder.loader(path)
+            image = self.tree.loader(path)
         except Exception as error:  # PIL's decoders raise all kinds
-            return None, f"{path}: {error}"
+            nowhere = os.path.islink(path) and not os.path.exists(path)
+            return None, f"{path}: {'a link to nowhere' if nowhere else error}"
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed)
             return self.transform(image), label
@@ -51,18 +85,18 @@ class Images(Dataset):
 class Order(Sampler):
     """This rank's share of each batch, as a list of (index, seed); with a generator, each pass in a new order.
 
-    A training batch has as many images on every rank, and two at least (BatchNorm needs them): what is over at the end
-    of a pass is left out. Validation images are shared out evenly but for one. With a pipeline, the ranks in question
-    are the replicas of the first module.
+    Every rank gets the same number of images of a training batch, at least two (BatchNorm needs them). What remains at
+    the end of a pass is left out. Of a validation batch no image is left out. In a pipeline, the replicas of the first
+    module share the batch.
     """
 
     def __init__(self, size, batch_size, generator=None, max_batches=None, pipeline=None):
         self.size, self.batch_size, self.generator, self.max_batches = size, batch_size, generator, max_batches
-        self.rank, self.ranks = (pipeline.replica, pipeline.replicas) if pipeline else (ranks.RANK, ranks.COUNT)
+        self.share, self.shares = ranks.share(pipeline)
 
     def __len__(self):
         complete, rest = divmod(self.size, self.batch_size)
-        batches = complete + (rest // self.ranks > 1 if self.generator else rest > self.rank)
+        batches = complete + (rest // self.shares > 1 if self.generator else rest > self.share)
         return min(batches, self.max_batches or batches)
 
     def __iter__(self):
@@ -71,34 +105,40 @@ class Order(Sampler):
             order = torch.randperm(self.size, generator=self.generator)
             seeds = torch.randint(2**62, (self.size,), generator=self.generator)
         for batch in torch.stack((order, seeds), dim=1).split(self.batch_size)[: len(self)]:
-            keep = len(batch) // self.ranks * self.ranks if self.generator else len(batch)
-            yield batch[:keep][self.rank :: self.ranks].tolist()
+            keep = len(batch) // self.shares * self.shares if self.generator else len(batch)
+            yield batch[:keep][self.share :: self.shares].tolist()
 
 
-def collate(items):
-    """(images (B, 3, s, s), labels (B,), the files that could not be read) of the items of a batch."""
+def collate(items, fill=False):
+    """(images (B, 3, s, s), labels (B,), the files that could not be read) of the items of a batch.
+
+    With `fill`, for training, other images of the batch take the places of those that could not be read.
+    """
     good, bad = [item for item in items if item[0] is not None], [what for image, what in items if image is None]
     if not good:
         return torch.empty(0, 3, 1, 1), torch.empty(0), bad
-    images, labels = zip(*good)
-    return torch.stack(images), torch.tensor(labels), bad
+    images, labels = zip(*itertools.islice(itertools.cycle(good), len(items) if fill else len(good)))
+    batch, labels = torch.empty(len(images), *images[0].shape, dtype=images[0].dtype), torch.tensor(labels)
+    if get_worker_info():  # the queue's thread would do it, but its error would reach nobody, who would wait for ever
+        batch.share_memory_()
+        labels.share_memory_()
+    return torch.stack(images, out=batch), labels, bad
 
 
 def fill_up(items):
-    """`collate` for training: another image of the batch takes the place of one that cannot be read."""
-    images, labels, bad = collate(items)
-    index = torch.tensor([*itertools.islice(itertools.cycle(range(len(labels))), len(items))], dtype=torch.long)
-    return images[index], labels[index], bad
+    return collate(items, fill=True)
 
 
-def ignore_interrupt(_):
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which ends its workers
+def set_signals(_):
+    """In a worker: Ctrl-C is for the main process, which ends its workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class Batches:
     """Batches of normalised images (B, 3, s, s), in channels_last, and labels (B,) on the device: this rank's share.
 
-    A file that cannot be read ends the program, or with --skip-corrupt is named once and counted in `skipped`.
+    A file that cannot be read ends the program. With --skip-corrupt, it is named once and counted in `skipped`.
     """
 
     def __init__(self, args, images, device, generator=None, pipeline=None):
@@ -109,10 +149,11 @@ class Batches:
             images,
             batch_sampler=Order(len(images), args.batch_size, generator, max_batches, pipeline),
             num_workers=args.workers,
+            prefetch_factor=PREFETCH if args.workers else None,
             collate_fn=fill_up if generator else collate,
             pin_memory=device.type == "cuda",
             persistent_workers=args.workers > 0,
-            worker_init_fn=ignore_interrupt,
+            worker_init_fn=set_signals,
             generator=torch.Generator(),  # of seeds that nothing uses: without it, torch's own generator moves on
         )
         self.mean, self.std = (torch.tensor(x, device=device).view(3, 1, 1) for x in (MEAN, STD))
@@ -148,7 +189,7 @@ class DummyBatches:
     def __init__(self, args, size, num_images, num_classes, device, generator=None, pipeline=None):
         self.device, self.generator, self.skipped = device, generator, 0
         self.order = Order(num_images, args.batch_size, generator, DEBUG_STEPS if args.debug else None, pipeline)
-        shape = args.batch_size // self.order.ranks, 3, size, size
+        shape = args.batch_size // self.order.shares, 3, size, size
         self.images = torch.randn(shape, device=device).contiguous(memory_format=torch.channels_last)
         self.labels = torch.randint(num_classes, shape[:1], device=device)
 
@@ -161,7 +202,7 @@ class DummyBatches:
 
 
 class ReceivedBatches:
-    """What the module before sends, (representations, labels), in evaluation with the ensemble's sum."""
+    """What the previous module sends: (representations, labels), in evaluation with the ensemble's sum."""
 
     def __init__(self, pipeline, num_batches, kind):
         self.pipeline, self.num_batches, self.kind = pipeline, num_batches, kind
@@ -175,9 +216,13 @@ class ReceivedBatches:
 
 
 @dataclasses.dataclass
-class Data(utils.Data):
-    """utils.Data, and the classes' names on a rank that reads images."""
+class Data:
+    """Both sets; `classes` are the classes' names, on a rank that reads images."""
 
+    train: Batches
+    test: Batches
+    num_classes: int
+    description: str
     classes: list | None = None
 
 
@@ -189,7 +234,7 @@ def image_size(args):
 def load_data(args, device, pipeline=None):
     """Training and validation batches of DIR, or with --dummy of a set of ImageNet's size.
 
-    With a pipeline, only the ranks of the first module load images, and tell the others what they need to know.
+    In a pipeline, only the ranks of the first module load images, and tell the others what they need to know.
     """
     if pipeline and not pipeline.is_first:
         *lengths, num_classes, description = pipeline.broadcast(None)
@@ -202,9 +247,9 @@ def load_data(args, device, pipeline=None):
 
 
 def load_images(args, device, pipeline):
-    sharers = pipeline.replicas if pipeline else ranks.COUNT
-    if args.batch_size % sharers or args.batch_size < 2 * sharers:
-        ranks.fail(f"--batch-size {args.batch_size} cannot be shared out to {sharers} ranks, two images each or more")
+    _, shares = ranks.share(pipeline)
+    if args.batch_size % shares or args.batch_size < 2 * shares:
+        utils.fail(f"--batch-size {args.batch_size} cannot be shared out to {shares} ranks, two images each or more")
     size, generator = image_size(args), torch.Generator().manual_seed(args.seed)
     if args.dummy:
         train = DummyBatches(args, size, 1_281_167, 1000, device, generator, pipeline)
@@ -212,15 +257,15 @@ def load_images(args, device, pipeline):
         return Data(train, val, 1000, "random numbers, 1000 classes")
     root = Path(args.data)
     try:
-        val = ImageFolder(root / "val")
-        train = val if args.evaluate else ImageFolder(root / "train")  # not needed, so it need not be there
+        val = ImageTree(root / "val")
+        train = val if args.evaluate else ImageTree(root / "train")  # not needed, so it need not be there
     except OSError as error:
         fail_at(root, error)
     if train.classes != val.classes:
         different = sorted({*train.classes} ^ {*val.classes})[:10]
-        ranks.fail(f"the classes in {root}/train and {root}/val differ: {different}")
-    if len(train) < 2 * sharers and not args.evaluate:
-        fail_at(root, f"{len(train)} training images; two for each of the ranks ({sharers}) are needed")
+        utils.fail(f"the classes in {root}/train and {root}/val differ: {different}")
+    if len(train) < 2 * shares and not args.evaluate:
+        fail_at(root, f"{len(train)} training images; two for each of the ranks ({shares}) are needed")
     crop = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), v2.PILToTensor()])
     centre = v2.Compose([v2.Resize(round(size * 256 / 224)), v2.CenterCrop(size), v2.PILToTensor()])
     counts = f"{len(val)} validation images of {len(train.classes)} classes"
@@ -228,8 +273,36 @@ def load_images(args, device, pipeline):
         counts = f"{len(train)} training and {counts}"
     train_batches = Batches(args, Images(train, crop), device, generator, pipeline)
     val_batches = Batches(args, Images(val, centre), device, pipeline=pipeline)
+    check_shared_memory(
+        args.workers, args.batch_size // shares * 3 * size**2, max(len(train_batches), len(val_batches))
+    )
     return Data(train_batches, val_batches, len(train.classes), f"image folder, {counts}", train.classes)
 
 
 def fail_at(root, error):
-    ranks.fail(f"{root} must have images in train/<class>/ and val/<class>/: {error}")
+    utils.fail(f"{root} must have images in train/<class>/ and val/<class>/: {error}")
+
+
+def check_shared_memory(workers, batch, num_batches):
+    """End the program if the batches that workers prepare do not fit into the machine's shared memory.
+
+    Args:
+        batch: bytes of this rank's share of a batch.
+        num_batches: of the longest pass.
+    """
+    free, loaders = free_shared_memory(), min(ranks.COUNT, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.COUNT)))
+
+    def needed(workers):
+        return (min(PREFETCH * workers, num_batches) + 1) * batch * loaders  # and the one that is trained on
+
+    if workers and free is not None and needed(workers) > free:
+        fits = next((j for j in range(workers - 1, 0, -1) if needed(j) <= free), 0)
+        utils.fail(
+            f"/dev/shm has {free / 1e6:.0f} MB free, and the batches of -j {workers} need {needed(workers) / 1e6:.0f} "
+            f"MB: use -j {fits}, or a smaller -b, or enlarge it (docker run --shm-size, or --ipc=host)"
+        )
+
+
+def free_shared_memory():
+    """Bytes; None where there is no /dev/shm."""
+    return shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None

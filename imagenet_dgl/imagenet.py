@@ -13,6 +13,8 @@ Several GPUs, or CPUs, that share each batch:
 Writes a log with a line an epoch, and a checkpoint to --resume from.
 """
 
+import utils
+
 import torch
 import torch.nn.functional as F
 
@@ -20,19 +22,18 @@ import data
 import models
 import ranks
 import training
-import utils
 
 
 def parse_args(argv=None):
     parser = training.make_parser(__file__, __doc__)
-    return training.check(parser, parser.parse_args(argv))
+    return training.check_flags(parser, parser.parse_args(argv))
 
 
 def make_model(args, num_classes):
     try:
         return models.build_plain(args.arch, num_classes, data.image_size(args))
     except ValueError as error:
-        ranks.fail(error)
+        utils.fail(error)
 
 
 def train_epoch(model, optimizer, scaler, autocast, batches, meter):
@@ -70,25 +71,28 @@ def main(argv=None):
         return training.print_costs(models.costs(make_model(args, 1000), data.image_size(args)))
     device = ranks.setup(args)
     images = data.load_data(args, device)
-    model = training.prepare(make_model(args, images.num_classes), args, device)
-    parallel = ranks.data_parallel(model)
-    optimizer, scaler = training.sgd(model, args, device, args.start_epoch), training.grad_scaler(args, device)
+    model = training.to_device(make_model(args, images.num_classes), args, device)
     autocast = utils.autocast(args, device)
-    meter = training.Meter(device)
-    run = training.Run(args, images, model=model, optimizer=optimizer, scaler=scaler)
     if args.evaluate:
-        run.log("test top1:{:.3f} (top5:{:.3f})".format(*evaluate(model, autocast, images.test)))
-        run.log_skipped()
+        training.load_network(model, args, images)
+        print("test top1:{:.3f} (top5:{:.3f})".format(*evaluate(model, autocast, images.test)))
+        for text in training.skipped(images):
+            print(text)
         return ranks.end()
+    parallel = ranks.data_parallel(model)
+    meter = training.Meter(device)
+    (optimizer,), (scaler,) = training.make_optimizers([model], args, device, args.start_epoch)
+    run = training.Run(args, images, model=model, optimizer=optimizer, scaler=scaler)
     for epoch in run.epochs(args.epochs):
-        if epoch % args.epochdecay == 0:  # with the new learning rate, momentum and loss scale start anew
-            optimizer, scaler = training.sgd(model, args, device, epoch), training.grad_scaler(args, device)
-            run.parts.update(optimizer=optimizer, scaler=scaler)
+        if epoch % args.epochdecay == 0:  # with the new learning rate, momentum and loss scale start again
+            (optimizer,), (scaler,) = training.make_optimizers([model], args, device, epoch)
+            run.replace_parts(optimizer=optimizer, scaler=scaler)
         batches = run.watch(images.train, [meter], epoch)
         train_epoch(parallel, optimizer, scaler, autocast, batches, meter)
         ranks.average_buffers(model)
         test1, test5 = evaluate(model, autocast, images.test)
-        loss, top1, top5 = run.read(meter, 0, epoch)
+        loss, top1, top5 = meter.pop()
+        run.check_finite(loss, 0, epoch)
         train, test = f"train top1:{top1:.3f}(top5:{top5:.3f})", f"test top1:{test1:.3f} (top5:{test5:.3f})"
         run.log(f"lr: {training.learning_rate(args, epoch):g}, epoch {epoch}, {train}, {test}")
         run.scalars(epoch, 0, loss=loss, train_top1=top1, test_top1=test1)

@@ -15,7 +15,7 @@ Any other torchvision network, and several GPUs, or CPUs, that share each batch:
   python imagenet_dgl.py IMAGENET_DIR --arch convnext_tiny --num-modules 3
   torchrun --nproc_per_node=4 imagenet_dgl.py IMAGENET_DIR --arch vgg19 --block_size 4
 
-A module on each GPU, or CPU, trained really at the same time, with the same result (module_parallel.py):
+A module on each GPU, or CPU, so that all train at the same time, with the same result (module_parallel.py):
 
   torchrun --nproc_per_node=4 imagenet_dgl.py IMAGENET_DIR --arch vgg19 --block_size 4 --module-parallel
 
@@ -25,6 +25,8 @@ Writes a log with a line a module and epoch, and a checkpoint to --resume from.
 import contextlib
 import time
 
+import utils
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -33,7 +35,6 @@ import data
 import models
 import ranks
 import training
-import utils
 from module_parallel import ModuleParallel
 
 
@@ -53,7 +54,7 @@ def parse_args(argv=None):
     add("--ensemble", type=int, choices=[0, 1], default=1, help="test the ensembles of modules 0 to n too")
     add("--module-parallel", action="store_true", help="with torchrun: each rank trains one module")
     add("--profile", action="store_true", help="with --module-parallel: print what each rank's time is spent on")
-    args = training.check(parser, parser.parse_args(argv))
+    args = training.check_flags(parser, parser.parse_args(argv))
     if args.arch in models.VGGS:
         args.block_size = args.block_size or 1
     else:
@@ -75,7 +76,7 @@ def make_pipeline(args, device):
                 f"multiple of it for replicas that share each batch; the number of ranks is {ranks.COUNT}"
             )
     except ValueError as error:
-        ranks.fail(error)
+        utils.fail(error)
     return ModuleParallel(num_modules, device, args.batch_size * num_modules // ranks.COUNT, args.profile)
 
 
@@ -84,15 +85,15 @@ def make_model(args, num_classes):
     try:
         return models.build_dgl(args.arch, num_classes, data.image_size(args), *cut, args.nlin, args.mlp)
     except ValueError as error:
-        ranks.fail(error)
+        utils.fail(error)
 
 
 class Module(nn.Module):
-    """A block with its auxiliary network: what has an optimizer, and a stream of random numbers, of its own."""
+    """Block n with its auxiliary network; it has its own optimizer, and its own stream of random numbers."""
 
-    def __init__(self, block, auxiliary_net):
+    def __init__(self, block, auxiliary_net, n):
         super().__init__()
-        self.block, self.auxiliary_net, self.stream = block, auxiliary_net, contextlib.nullcontext()
+        self.block, self.auxiliary_net, self.n, self.stream = block, auxiliary_net, n, contextlib.nullcontext()
 
     def forward(self, x):
         with self.stream:
@@ -103,7 +104,7 @@ class Module(nn.Module):
 def train_epoch(modules, optimizers, scalers, autocast, batches, meters, pipeline=None):
     """One epoch of synchronous DGL (Algorithm 1): a module updates before the next one sees the batch.
 
-    With a pipeline there is one module on each rank: x is what the module before has sent.
+    In a pipeline there is one module on each rank: x is what the previous one has sent.
     """
     for module in modules:
         module.train()
@@ -126,27 +127,27 @@ def train_epoch(modules, optimizers, scalers, autocast, batches, meters, pipelin
 def evaluate(modules, autocast, batches, pipeline=None):
     """[module's, ensemble's] [top-1, top-5] in % for every module, in one pass over the images of all ranks.
 
-    The ensemble is that of modules 0 to n: softmax outputs averaged with weights 2^i / sum. With a pipeline, the sum up
-    to the module before comes with the batch.
+    The ensemble is that of modules 0 to n: softmax outputs averaged with weights 2^i / sum. In a pipeline, the sum up
+    to the previous module comes with the batch.
     """
     for module in modules:
         module.eval()
-    first, num_modules = (pipeline.n, pipeline.num_modules) if pipeline else (0, len(modules))
+    num_modules, is_first = (pipeline.num_modules, pipeline.is_first) if pipeline else (len(modules), True)
     correct = torch.zeros(num_modules, 2, 2, dtype=torch.float64, device=batches.device)
     count = torch.zeros((), device=batches.device)
     for x, labels, *total in training.progress_bar(batches, "validation"):
         total = total[0] if total else 0
-        for n, module in enumerate(modules, start=first):
+        for module in modules:
             with autocast:
                 logits, x = module(x)
-            total = total + 2**n * logits.float().softmax(1)  # the division by the sum changes no prediction
-            correct[n, 0] += training.hits(logits, labels)
-            correct[n, 1] += training.hits(total, labels)
+            total = total + 2**module.n * logits.float().softmax(1)  # the division by the sum changes no prediction
+            correct[module.n, 0] += training.hits(logits, labels)
+            correct[module.n, 1] += training.hits(total, labels)
         if pipeline:
             pipeline.send(x, labels, total, kind="test")
-        count += len(labels) * (first == 0)
+        count += len(labels) * is_first
     if pipeline:
-        pipeline.end_pass(len(batches))
+        pipeline.end_pass(len(batches), kind="test")
     return training.percent(correct, count)
 
 
@@ -155,44 +156,15 @@ def tested_text(args, module, ensemble):
     return text + ", top1ens:{:.3f} top5ens:{:.3f}".format(*ensemble) if args.ensemble else text
 
 
-class Share:
-    """A list of one thing a module, of which this rank has only its own module's, as a checkpoint sees it: whole."""
-
-    def __init__(self, pipeline, own):
-        self.pipeline, self.own = pipeline, own
-
-    def state_dict(self):
-        """The list of all states on rank 0; None on the others."""
-        return self.pipeline.gather(self.own.state_dict())
-
-    def load_state_dict(self, states):
-        self.own.load_state_dict(states[self.pipeline.n])
-
-
-class ModelShare(models.DGLNet):
-    """The network on a rank that has only module n of it: of the others there is no data (meta device)."""
-
-    def __init__(self, model, pipeline):
-        super().__init__(model.blocks, model.auxiliary_nets)
-        self.pipeline = pipeline
-        for parts in (self.blocks, self.auxiliary_nets):
-            for n, part in enumerate(parts):
-                if n != pipeline.n:
-                    part.to("meta")
-
-    def _get_name(self):
-        return models.DGLNet.__name__
-
-    def state_dict(self):
-        names = super().state_dict()
-        states = self.pipeline.gather({name: tensor for name, tensor in names.items() if not tensor.is_meta})
-        return states and {name: next(state[name] for state in states if name in state) for name in names}
-
-    def load_state_dict(self, state):
-        for kind, parts in self.named_children():
-            prefix = f"{kind}.{self.pipeline.n}."
-            own = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-            parts[self.pipeline.n].load_state_dict(own)
+def make_modules(model, args, device, pipeline):
+    """The modules that this rank trains: all, or in a pipeline its own. There the others give up their data."""
+    modules = [Module(*parts, n) for n, parts in enumerate(zip(model.blocks, model.auxiliary_nets))]
+    if not pipeline:
+        return [training.to_device(module, args, device) for module in modules]
+    for module in modules:
+        if module.n != pipeline.n:
+            module.to("meta")
+    return [training.to_device(modules[pipeline.n], args, device, pipeline.group)]
 
 
 @ranks.one_message()
@@ -204,37 +176,28 @@ def main(argv=None):
     pipeline = make_pipeline(args, device)
     images = data.load_data(args, device, pipeline)
     model = make_model(args, images.num_classes)
-    mine, group, replica, replicas = range(len(model.blocks)), None, ranks.RANK, ranks.COUNT
-    if pipeline:
-        mine, group, replica, replicas = [pipeline.n], pipeline.group, pipeline.replica, pipeline.replicas
-        model = ModelShare(model, pipeline)
-    modules = [training.prepare(Module(model.blocks[n], model.auxiliary_nets[n]), args, device, group) for n in mine]
-    parallel = [ranks.data_parallel(module, group) for module in modules]
-
-    def optimization(epoch):
-        """Of each module an optimizer and a loss scaler, and both as they are in a checkpoint."""
-        optimizers = [training.sgd(module, args, device, epoch) for module in modules]
-        scalers = [training.grad_scaler(args, device) for _ in modules]
-        both = {"optimizers": optimizers, "scalers": scalers}
-        return optimizers, scalers, {k: Share(pipeline, *v) for k, v in both.items()} if pipeline else both
-
-    optimizers, scalers, parts = optimization(args.start_epoch)
+    modules = make_modules(model, args, device, pipeline)
     autocast = utils.autocast(args, device)
-    meters = [training.Meter(device) for _ in model.blocks]  # of all modules, for the log
-    run = training.Run(args, images, pipeline, model=model, **parts)
     if args.evaluate:
+        training.load_network(model, args, images)
         for n, tested in enumerate(evaluate(modules, autocast, images.test, pipeline)):
-            run.log(f"n: {n}, {tested_text(args, *tested)}")
-        run.log_skipped()
+            print(f"n: {n}, {tested_text(args, *tested)}")
+        for text in training.skipped(images):
+            print(text)
         return ranks.end()
+    group, (share, shares) = pipeline and pipeline.group, ranks.share(pipeline)
+    parallel = [ranks.data_parallel(module, group) for module in modules]
+    meters = [training.Meter(device) for _ in model.blocks]  # of all modules, for the log
+    optimizers, scalers = training.make_optimizers(modules, args, device, args.start_epoch)
+    run = training.Run(args, images, pipeline, model=model, optimizers=optimizers, scalers=scalers)
     for epoch in run.epochs(args.epochs):
-        if epoch % args.epochdecay == 0:  # with the new learning rate, momentum and loss scale start anew
-            optimizers, scalers, parts = optimization(epoch)
-            run.parts.update(parts)
-        for n, module in zip(mine, modules):
-            module.stream = training.RandomStream(training.random_seed(args, epoch, n * replicas + replica), device)
+        if epoch % args.epochdecay == 0:  # with the new learning rate, momentum and loss scale start again
+            optimizers, scalers = training.make_optimizers(modules, args, device, epoch)
+            run.replace_parts(optimizers=optimizers, scalers=scalers)
+        for module in modules:
+            module.stream = training.RandomStream(training.random_seed(args, epoch, module.n * shares + share), device)
         begin, batches = time.perf_counter(), run.watch(images.train, meters, epoch)
-        train_epoch(parallel, optimizers, scalers, autocast, batches, [meters[n] for n in mine], pipeline)
+        train_epoch(parallel, optimizers, scalers, autocast, batches, [meters[m.n] for m in modules], pipeline)
         if pipeline:
             pipeline.end_pass(len(images.train))
         if args.profile:
@@ -242,7 +205,8 @@ def main(argv=None):
         for module in modules:
             ranks.average_buffers(module, group)
         for n, tested in enumerate(evaluate(modules, autocast, images.test, pipeline)):
-            loss, top1, top5 = run.read(meters[n], n, epoch)
+            loss, top1, top5 = meters[n].pop()
+            run.check_finite(loss, n, epoch)
             train = f"train top1:{top1:.3f}(top5:{top5:.3f})"
             run.log(f"n: {n}, epoch {epoch}, {train}, {tested_text(args, *tested)}")
             run.scalars(epoch, n, loss=loss, train_top1=top1, test_top1=tested[0][0], ensemble_top1=tested[1][0])

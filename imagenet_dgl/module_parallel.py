@@ -1,12 +1,12 @@
 """Module-parallel DGL under torchrun: each rank trains one module, and nothing ever comes back from the next one.
 
-A rank receives representations and labels from the rank of the module before (or, the first one, loads images), and
-sends its own representations on while it goes on with its backward pass. Transfers are asynchronous and
-double-buffered: modules work on different batches at the same time and, since none ever waits for a gradient, there is
-no bubble but the one in which the pipeline fills (update unlocking, Algorithm 1 of arXiv 1901.08164). With K x D ranks
-the K modules have D replicas each, which share every batch; module n is on ranks n * D to n * D + D - 1.
+A rank receives representations and labels from the rank of the previous module (the first one loads images), and sends
+its own representations on while it goes on with its backward pass. Transfers are asynchronous and double-buffered, so
+the modules work on different batches at the same time. None ever waits for a gradient: the only bubble is the one in
+which the pipeline fills (update unlocking, Algorithm 1 of arXiv 1901.08164). With K x D ranks, each of the K modules
+has D replicas, which share every batch; module n is on ranks n * D to n * D + D - 1.
 
-Needs torch alone, to be taken into other projects. On every rank:
+Needs torch alone, so that other projects can take it. On every rank:
 
     pipeline = ModuleParallel(num_modules, device, batch_size)
     for x, labels in images if pipeline.n == 0 else pipeline.receive(num_batches):
@@ -29,12 +29,12 @@ CPU = torch.device("cpu")
 
 
 class ModuleParallel:
-    """A rank's place in the pipeline of modules, and its ways to the ranks before and behind it.
+    """A rank's place in the pipeline of modules, and its ways to the previous and the next one.
 
     Args:
         num_modules: K; the number of ranks must be a multiple of it.
         device: where this rank computes. The process group has a backend for it, and one for CPU tensors.
-        batch_size: images of a whole batch on this rank; every message has room for so many.
+        batch_size: images of a whole batch on this rank; every message has room for that many.
         profile: measure on a GPU, too, how long the transfers are waited for; costs speed there.
 
     Attributes:
@@ -56,9 +56,10 @@ class ModuleParallel:
         mesh = init_device_mesh(device.type, (num_modules, self.replicas), mesh_dim_names=("module", "replica"))
         (self.n, self.replica), self.group = mesh.get_coordinate(), mesh.get_group("replica")
         self.column = mesh.get_group("module")
-        self.before, self.behind = rank - self.replicas, rank + self.replicas
+        self.previous, self.next = rank - self.replicas, rank + self.replicas  # the ranks of those modules
         self.is_first, self.is_last = self.n == 0, self.n == num_modules - 1
-        self.layouts, self.announced = {}, set()  # by kind of pass: of the tensors of a message
+        # By kind of pass, what a message is: whether x is in channels_last, and (shape, dtype) of all its tensors
+        self.sent_layouts, self.received_layouts = {}, {}
         self.slots = [{} for _ in range(SLOTS)]  # buffers to receive in, made once and used again and again
         self.sending, self.sent = collections.deque(), 0  # in this pass
         self.waited = {"input": 0.0, "send": 0.0}
@@ -66,85 +67,106 @@ class ModuleParallel:
     # To the next module
 
     def send(self, representation, *others, kind="train"):
-        """Start to send a batch, and return at once unless SLOTS earlier ones have not been received yet.
+        """Start to send a batch; return at once unless SLOTS earlier ones have not been received yet.
 
         Does nothing on the last module.
 
         Args:
-            representation: (B, ...) with B up to batch_size, detached; it must not be changed any more.
+            representation: (B, ...) with B up to batch_size, detached. It must not be changed any more.
             others: (B, ...) each, such as labels.
-            kind: of the pass: all its messages have the same tensors.
+            kind: of the pass. The first message of a kind fixes its memory layout for all later ones.
+
+        Raises:
+            ValueError: shapes or dtypes are not those of the first message of this kind, or B is too large.
         """
         if self.is_last:
             return
-        channels_last = representation.dim() == 4 and representation.is_contiguous(memory_format=torch.channels_last)
+        tensors = [representation, *others]
+        shapes = [(tuple(t.shape[1:]), t.dtype) for t in tensors]
+        if kind not in self.sent_layouts:
+            is_4d = representation.dim() == 4
+            layout = is_4d and representation.is_contiguous(memory_format=torch.channels_last), shapes
+            self.sent_layouts[kind] = layout
+            self.announce(layout)
+        channels_last, expected = self.sent_layouts[kind]
+        if shapes != expected:
+            raise ValueError(f"a {kind} message of {shapes}; the first one was of {expected}")
+        count, missing = len(representation), self.batch_size - len(representation)
+        if missing < 0:
+            raise ValueError(f"a {kind} message of {count} images; batch_size is {self.batch_size}")
         if channels_last:
-            representation = representation.permute(0, 2, 3, 1)  # contiguous so: sent from where it is
+            representation = representation.permute(0, 2, 3, 1)  # contiguous in this order: sent from where it is
         # The others may be what was received, in memory that is received in again
         tensors = [representation.contiguous(), *(t.clone() for t in others)]
-        if kind not in self.announced:
-            self.announced.add(kind)
-            layouts = [(tuple(t.shape[1:]), t.dtype) for t in tensors]
-            dist.send_object_list([channels_last, layouts], self.behind, device=CPU)
-        count, missing = len(representation), self.batch_size - len(representation)
         if missing:  # the last batch of a pass
             tensors = [torch.cat((t, t.new_zeros(missing, *t.shape[1:]))) for t in tensors]
         self.post(count, tensors)
+
+    def announce(self, layout):
+        """Tell the next module what the messages of a pass are."""
+        dist.send_object_list([layout], self.next, device=CPU)
 
     def post(self, count, tensors):
         if len(self.sending) == SLOTS:
             self.wait(self.sending.popleft()[0], "send")
         tensors = [torch.tensor([count]), *tensors]  # the first one stays on the CPU: it is read at once
-        works = [dist.isend(tensor, self.behind, tag=tag) for tag, tensor in enumerate(tensors)]
-        self.sending.append((works, tensors))  # the memory must stay as it is till it has been sent
+        works = [dist.isend(tensor, self.next, tag=tag) for tag, tensor in enumerate(tensors)]
+        self.sending.append((works, tensors))  # the memory must stay as it is until it has been sent
         self.sent += 1
 
-    def end_pass(self, num_batches):
-        """Behind the last batch of a pass: wait until all has been sent.
+    def end_pass(self, num_batches, kind="train"):
+        """Call after a pass's last batch.
 
-        Fewer batches than num_batches may have come, as a batch in which no image can be read does not.
+        Pads with empty messages if batches were skipped because no image could be read, then waits until everything is
+        sent.
         """
         if not self.is_last:
+            if kind not in self.sent_layouts and num_batches:  # not one batch
+                self.announce((False, []))
             for _ in range(num_batches - self.sent):
-                self.post(0, self.sending[-1][1][1:])
+                self.post(0, self.sending[-1][1][1:] if self.sending else [])
         while self.sending:
             self.wait(self.sending.popleft()[0], "send")
         self.sent = 0
 
-    # From the module before
+    # From the previous module
 
     def receive(self, num_batches, kind="train"):
-        """Yield the tensors of each message of a pass, as they were given to `send`; they are valid till the next one.
+        """Yield the tensors of each message of a pass, as they were given to `send`; they are valid until the next one.
 
         Args:
             num_batches, kind: of the pass, as for `end_pass` and `send`.
         """
+        if kind not in self.received_layouts and num_batches:
+            layout = [None]
+            dist.recv_object_list(layout, self.previous, device=CPU)
+            (self.received_layouts[kind],) = layout
+        channels_last, shapes = self.received_layouts.get(kind, (False, []))
         posted = collections.deque()
         for i in range(num_batches):
             while len(posted) < min(SLOTS, num_batches - i):
-                posted.append(self.post_receive(self.slots[(i + len(posted)) % SLOTS], kind))
+                posted.append(self.post_receive(self.slots[(i + len(posted)) % SLOTS], channels_last, shapes))
             works, (count, *tensors) = posted.popleft()
             self.wait(works, "input")
             if count.item():
                 x, *others = (tensor[: count.item()] for tensor in tensors)
-                channels_last, _ = self.layouts[kind]
                 yield x.permute(0, 3, 1, 2) if channels_last else x, *others
+        if not shapes:  # there was not one batch: the next pass of this kind announces its own
+            self.received_layouts.pop(kind, None)
 
-    def post_receive(self, slot, kind):
+    def post_receive(self, slot, channels_last, shapes):
         """Start to receive a message into the buffers of a slot."""
-        if kind not in self.layouts:
-            self.layouts[kind] = [None, None]
-            dist.recv_object_list(self.layouts[kind], self.before, device=CPU)
         tensors = [torch.empty(1, dtype=torch.long)]
-        for key in enumerate(self.layouts[kind][1]):
-            if key not in slot:
-                _, (shape, dtype) = key
-                slot[key] = torch.empty(self.batch_size, *shape, dtype=dtype, device=self.device)
-            tensors.append(slot[key])
-        return [dist.irecv(tensor, self.before, tag=tag) for tag, tensor in enumerate(tensors)], tensors
+        for tag, (shape, dtype) in enumerate(shapes):
+            if channels_last and tag == 0:
+                shape = *shape[1:], shape[0]
+            if (tag, shape, dtype) not in slot:
+                slot[tag, shape, dtype] = torch.empty(self.batch_size, *shape, dtype=dtype, device=self.device)
+            tensors.append(slot[tag, shape, dtype])
+        return [dist.irecv(tensor, self.previous, tag=tag) for tag, tensor in enumerate(tensors)], tensors
 
     def wait(self, works, what):
-        """Till the transfers are done; on a GPU this rank goes on, and what it computes next waits."""
+        """Until the transfers are done. On a GPU this rank goes on, and what it computes next waits."""
         self.synchronize()
         begin = time.perf_counter()
         for work in works:

@@ -9,42 +9,67 @@ import os
 import sys
 import time
 import uuid
-
-import torch
-import torch.distributed as dist
-from torch import nn
-from torch.nn.parallel import DistributedDataParallel
+import zipfile
+import zlib
 
 import utils
 
-RANK, COUNT = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
 PATIENCE = 10  # seconds in which torchrun ends this rank when another one has failed
 
 
+def place():
+    """(rank, number of ranks), from torchrun's environment variables."""
+    texts = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
+    if texts == (None, None):
+        return 0, 1
+    try:
+        rank, count = map(int, texts)
+        if not 0 <= rank < count:
+            raise ValueError
+    except (TypeError, ValueError):
+        os.environ.pop("RANK", None)  # there is no other rank to speak first
+        utils.fail(
+            "the environment variables RANK and WORLD_SIZE ({!r} and {!r}) do not say which rank this is: unset them, "
+            "or start with torchrun, which sets them".format(*texts)
+        )
+    return rank, count
+
+
+RANK, COUNT = place()
+
+
 def here():
-    """Where something happened, for a message: nothing to say if there is one rank."""
+    """Where something happened, for a message; empty if there is one rank."""
     return f" on rank {RANK}" if COUNT > 1 else ""
 
 
-def fail(message):
-    """utils.fail with a mistake that as a rule all ranks find: rank 0 says it, another one only if rank 0 has not."""
-    if RANK:
-        time.sleep(PATIENCE)
-    utils.fail(message)
+def share(pipeline=None):
+    """(which share of each batch is this rank's, number of shares)."""
+    return (pipeline.replica, pipeline.replicas) if pipeline else (RANK, COUNT)
 
 
 @contextlib.contextmanager
 def one_message():
-    """Let the rank that fails speak, and not those that fail because it has gone: torchrun ends them in a moment."""
+    """Let only the rank that fails speak: torchrun ends those that fail because it has gone. No traceback of faults
+    outside the program."""
     try:
         yield
     except RuntimeError as error:
+        lines = str(error).strip().splitlines()
+        if "shared memory" in str(error) or "DataLoader worker (pid" in str(error):
+            raise SystemExit(
+                f"A process that loads images has failed{here()}: {lines[-1].strip()} (less memory is needed with "
+                "fewer workers, -j, or a smaller -b; --resume goes on from the last checkpoint)"
+            ) from None
         lost = isinstance(error, dist.DistError) or "gloo" in str(error)
         if COUNT == 1 or not lost:
             raise
         time.sleep(PATIENCE)
-        reason = str(error).strip().splitlines()[0]
-        raise SystemExit(f"Rank {RANK} has lost the connection to another rank: {reason}") from None
+        raise SystemExit(f"Rank {RANK} has lost the connection to another rank: {lines[0]}") from None
     except KeyboardInterrupt:
         if RANK:
             raise SystemExit(1) from None
@@ -52,10 +77,12 @@ def one_message():
 
 
 def setup(args):
-    """utils.setup; under torchrun, a GPU or a CPU thread for each rank, and what rank 0 alone prints."""
+    """utils.setup; under torchrun, a GPU or a CPU thread for each rank, of which rank 0 alone prints."""
     device = utils.setup(args)
     if COUNT == 1:
         return device
+    if missing := [name for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]:
+        utils.fail(f"WORLD_SIZE is {COUNT}, but {' and '.join(missing)} are not set: start with torchrun")
     if device.type == "cuda":
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
@@ -70,14 +97,16 @@ def setup(args):
         dist.init_process_group(backend, store=meet(), rank=RANK, world_size=COUNT)
     else:  # not started by torchrun
         dist.init_process_group(backend)
+    compare_checkpoints(args.resume)
     return device
 
 
 def meet():
-    """torchrun's store, with a prefix for this start of the job: after --max-restarts the addresses of the last one
-    are still in it (https://github.com/pytorch/pytorch/issues/135712), and its count of restarts is a machine's own.
+    """torchrun's store, with a prefix for this start of the job.
 
-    Each rank asks under a name of its own that no earlier process had; rank 0 answers till all have the prefix.
+    After --max-restarts the store still has the addresses of the last start
+    (https://github.com/pytorch/pytorch/issues/135712), and its count of restarts differs between machines. So each rank
+    asks under a name that no earlier process had, and rank 0 answers until all have the prefix.
     """
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     if RANK:
@@ -89,10 +118,38 @@ def meet():
         prefix = uuid.uuid4().hex
         while store.add(f"{prefix} arrived", 0) < COUNT - 1:
             for rank in range(1, COUNT):
-                if store.check([f"question {rank}"]):  # an earlier process's, perhaps: it is answered in vain
+                if store.check([f"question {rank}"]):  # perhaps an earlier process's: the answer does no harm
                     store.set(f"answer {store.get(f'question {rank}').decode()}", prefix)
             time.sleep(0.05)
     return dist.PrefixStore(prefix, store)
+
+
+def compare_checkpoints(path):
+    """End the program unless all ranks resume the same checkpoint, or none does.
+
+    On machines that do not share a folder, some ranks would go on and the others would start from scratch.
+    """
+    seen = [None] * COUNT
+    dist.all_gather_object(seen, checksum(path))
+    for rank, other in enumerate(seen):
+        if other != seen[0]:
+            has, lacks = (0, rank) if seen[0] else (rank, 0)
+            what = "another checkpoint than" if seen[0] and other else "no checkpoint, unlike"
+            utils.fail(
+                f"--resume: rank {lacks} has {what} rank {has}: put the same one into the --save_folder of every "
+                "machine, or share that folder"
+            )
+
+
+def checksum(path):
+    """Of a checkpoint's contents, from the table of its zip archive; None if there is no checkpoint."""
+    if path is None:
+        return None
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return zlib.crc32(repr([(entry.filename, entry.CRC) for entry in archive.infolist()]).encode())
+    except (OSError, zipfile.BadZipFile):
+        return "damaged"  # whoever loads it says so
 
 
 def end():
@@ -106,7 +163,7 @@ def size(group=None):
     return group.size() if group else COUNT
 
 
-def add_up(tensor, group=None):
+def all_reduce(tensor, group=None):
     """The sum over all ranks (of a process group), in place."""
     if size(group) > 1:
         dist.all_reduce(tensor, group=group)
@@ -121,68 +178,10 @@ def data_parallel(module, group=None):
     return DistributedDataParallel(module, process_group=group, **keep_buffers) if size(group) > 1 else module
 
 
-def sync_batch_norm(model, device, group=None):
-    """The model with BatchNorm over the images of all ranks (of a process group) instead of a rank's own."""
-    convert = nn.SyncBatchNorm if device.type == "cuda" else SyncBatchNorm
-    return convert.convert_sync_batchnorm(model, group) if size(group) > 1 else model
-
-
 @torch.no_grad()
 def average_buffers(model, group=None):
     """Give all ranks (of a process group) the mean of their running statistics, to evaluate and save one network."""
     if size(group) > 1:
         for buffer in model.buffers():
             if buffer.is_floating_point():
-                add_up(buffer, group).div_(size(group))
-
-
-class AddUp(torch.autograd.Function):
-    """The sum of a tensor over the ranks of a process group; so is its gradient."""
-
-    @staticmethod
-    def forward(ctx, x, group):
-        ctx.group = group
-        return add_up(x.clone(), group)
-
-    @staticmethod
-    def backward(ctx, gradient):
-        return add_up(gradient.contiguous().clone(), ctx.group), None
-
-
-class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """nn.SyncBatchNorm for CPUs, which torch does not have; every rank (of the process group) has as many images."""
-
-    group = None
-
-    def _check_input_dim(self, x):
-        pass
-
-    def forward(self, x):
-        if not self.training:
-            return super().forward(x)
-        dims, shape = [d for d in range(x.dim()) if d != 1], [-1 if d == 1 else 1 for d in range(x.dim())]
-        ranks = size(self.group)
-        count = ranks * x.numel() // x.shape[1]
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        mean = AddUp.apply(wide.mean(dims), self.group) / ranks
-        centred = wide - mean.view(shape)
-        variance = AddUp.apply(centred.square().mean(dims), self.group) / ranks
-        with torch.no_grad():
-            self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * count / (count - 1), self.momentum)
-            self.num_batches_tracked += 1
-        scale = self.weight * (variance + self.eps).rsqrt()
-        return (centred * scale.view(shape) + self.bias.view(shape)).to(x.dtype)
-
-    @classmethod
-    def convert_sync_batchnorm(cls, module, group=None):
-        """The module with every BatchNorm replaced, parameters and buffers kept."""
-        for name, child in module.named_children():
-            if isinstance(child, nn.modules.batchnorm._BatchNorm):
-                sync = cls(child.num_features, child.eps, child.momentum, child.affine, child.track_running_stats)
-                sync.__dict__.update({key: child.__dict__[key] for key in ("_parameters", "_buffers")})
-                sync.group = group
-                setattr(module, name, sync)
-            else:
-                cls.convert_sync_batchnorm(child, group)
-        return module
+                all_reduce(buffer, group).div_(size(group))

@@ -13,12 +13,14 @@ import argparse
 import statistics
 import time
 
+import utils
+
 import matplotlib.pyplot as plt
 import torch
 import torch.nn.functional as F
 
 import models
-import utils
+import training
 from module_parallel import SLOTS
 
 BATCHES = 200  # computed, so that the pipeline's filling does not count
@@ -113,7 +115,7 @@ def measure(modules, images, labels, steps):
     for n, (block, net) in enumerate(modules):
         for way, columns in seconds.items():
             parts = [block, net] if way == "DGL" or n == len(modules) - 1 else [block]
-            optimizer = utils.sgd(parts, lr=0.01, weight_decay=1e-4)
+            optimizer = training.sgd([p for part in parts for p in part.parameters()], 0.01, 0.9, 1e-4)
             spent = []
             for step in range(steps + 2):
                 given = x.detach().requires_grad_(way == "backprop" and n > 0)
@@ -173,7 +175,7 @@ def parse_args(argv=None):
 
 def main(argv=None):
     args = parse_args(argv)
-    args.name, args.seed = "", 1
+    args.seed, args.precision = 1, "fp32"
     device = utils.setup(args)
     size = args.batch_size, 3, args.image_size, args.image_size
     images = torch.randn(size).to(device, memory_format=torch.channels_last)

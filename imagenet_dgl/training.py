@@ -7,55 +7,44 @@ import math
 import os
 import sys
 import time
+import warnings
+from pathlib import Path
+
+import utils
 
 import torch
+from torch import nn
 from tqdm import tqdm
 
 import ranks
-import utils
 from data import image_size
+
+utils.MAY_DIFFER |= {"start_epoch", "workers"}  # between a checkpoint and the run that resumes it
 
 # Flags
 
 
-def number(text):
-    """An argparse type: a finite number, not negative."""
-    try:
-        if 0 <= float(text) < math.inf:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number of at least 0")
-
-
-def positive(text):
-    if number(text) == 0:
-        raise argparse.ArgumentTypeError("0 is not a positive number")
-    return float(text)
-
-
 def make_parser(file, doc):
-    """A parser with the flags of both scripts; `check` what it has parsed."""
-    parser = utils.ArgumentParser(file, doc, data=False)
-    parser.error = lambda message: ranks.fail(f"{message} (see --help)")
+    """A parser with the flags of both scripts; `check_flags` checks what it has parsed."""
+    parser = utils.ArgumentParser(file, doc)
     add = parser.add_argument
+    count, not_negative = utils.at_least(1), utils.at_least(0, float, below=math.inf)
+    positive = utils.at_least(0, float, above=True, below=math.inf)
     add("data", metavar="DIR", nargs="?", help="images in train/<class>/ and val/<class>/")
     add("-a", "--arch", default="resnet18", help="network: vgg11, vgg13, vgg16, vgg19, or any of torchvision's")
     workers = min(4, os.cpu_count() or 1)  # torch warns of more than there are cores
     add("-j", "--workers", type=utils.at_least(0), default=workers, help="processes that load images: 4, or one a core")
     add("-b", "--batch-size", type=utils.at_least(2), default=256, help="images in a batch, of all ranks together")
-    add("--nepochs", "--epochs", dest="epochs", type=utils.at_least(1), default=50, help="passes over the training set")
-    add(
-        "--epochdecay", type=utils.at_least(1), default=10, help="epochs after which the learning rate is divided by 10"
-    )
+    add("--nepochs", "--epochs", dest="epochs", type=count, default=50, help="passes over the training set")
+    add("--epochdecay", type=count, default=10, help="epochs after which the learning rate is divided by 10")
     add("--lr", "--learning-rate", type=positive, default=0.1, help="learning rate")
-    add("--momentum", type=number, default=0.9, help="of SGD")
-    add("--wd", "--weight-decay", dest="weight_decay", type=number, default=1e-4, help="weight decay")
+    add("--momentum", type=not_negative, default=0.9, help="of SGD")
+    add("--wd", "--weight-decay", dest="weight_decay", type=not_negative, default=1e-4, help="weight decay")
     add("--half", action="store_true", help="16-bit training with loss scaling (--precision fp16); needs a GPU")
     add("--dynamic-loss-scale", action="store_true", help="with --half: a loss scale that adapts itself")
     add("--static-loss-scale", type=positive, help="with --half: a fixed loss scale (default: 1), if not dynamic")
     add("--apex", action="store_true", help="the FusedSGD of NVIDIA's apex instead of torch's")
-    add("--sync-bn", action="store_true", help="BatchNorm over the images of all ranks")
+    add("--sync-bn", action="store_true", help="BatchNorm over the images of all ranks; needs GPUs")
     add("-p", "--print-freq", type=utils.at_least(0), default=10, help="batches between lines on the screen; 0: none")
     add("--start_epoch", type=utils.at_least(0), default=0, help="epoch to begin with (from 0), in a new run")
     add("--evaluate", action="store_true", help="test the checkpoint --resume on DIR/val, and end")
@@ -70,15 +59,15 @@ def make_parser(file, doc):
     return parser
 
 
-def check(parser, args):
+def check_flags(parser, args):
     """End the program at flags that do not go together; --half becomes a --precision."""
     if not args.data and not args.dummy and not args.flops:
         parser.error("name the folder DIR with train/ and val/, or measure the speed with --dummy")
     if args.start_epoch >= args.epochs:
         parser.error(f"--start_epoch {args.start_epoch}: the epochs are 0 to {args.epochs - 1}")
     if args.evaluate and not args.resume:
-        parser.error("--evaluate needs --resume CHECKPOINT")
-    if f"_{args.name}".endswith("_best"):
+        parser.error(f"there is no {utils.checkpoint_path(args)} to evaluate: name one with --resume CHECKPOINT")
+    if args.name.endswith("_best"):
         parser.error(f"--name {args.name}: names of best checkpoints end like this")
     if (args.dynamic_loss_scale or args.static_loss_scale) and not (args.half or args.precision == "fp16"):
         parser.error("a loss scale is for --half or --precision fp16")
@@ -113,9 +102,13 @@ def print_costs(rows):
 # Model and optimizers
 
 
-def prepare(model, args, device, group=None):
-    """utils.prepare; with --sync-bn, BatchNorm over all ranks (of a process group)."""
-    return utils.prepare(ranks.sync_batch_norm(model, device, group) if args.sync_bn else model, args, device)
+def to_device(model, args, device, group=None):
+    """utils.to_device; with --sync-bn, BatchNorm is computed over all ranks (of a process group)."""
+    if args.sync_bn and device.type == "cpu":
+        utils.fail("--sync-bn needs GPUs: leave it out, and each rank normalises over its own images")
+    if args.sync_bn and ranks.size(group) > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model, group)
+    return utils.to_device(model, args, device)
 
 
 def learning_rate(args, epoch):
@@ -123,24 +116,39 @@ def learning_rate(args, epoch):
     return args.lr / 10 ** (epoch // args.epochdecay)
 
 
-def sgd(module, args, device, epoch):
-    """SGD for a module with the learning rate of the epoch."""
-    options = {"lr": learning_rate(args, epoch), "momentum": args.momentum, "weight_decay": args.weight_decay}
+def make_optimizers(modules, args, device, epoch):
+    """For each module a new SGD, with the learning rate of the epoch, and a new loss scaler."""
+    return [make_sgd(module, args, device, epoch) for module in modules], [grad_scaler(args, device) for _ in modules]
+
+
+def make_sgd(module, args, device, epoch):
+    options = learning_rate(args, epoch), args.momentum, args.weight_decay
     if not args.apex:
-        return utils.sgd([module], **options)
+        return sgd(module.parameters(), *options)
     try:
         from apex.optimizers import FusedSGD
     except ImportError:
-        ranks.fail(
+        utils.fail(
             "--apex: NVIDIA's apex is not installed (build it from https://github.com/NVIDIA/apex; the package called "
             "apex on the package index is something else); without --apex, torch's own fused SGD is used"
         )
     if device.type != "cuda":
-        ranks.fail("--apex needs a GPU")
+        utils.fail("--apex needs a GPU")
     try:
-        return FusedSGD(module.parameters(), **options)
+        return FusedSGD(module.parameters(), **dict(zip(("lr", "momentum", "weight_decay"), options)))
     except RuntimeError as error:  # built without its CUDA extensions
-        ranks.fail(f"--apex: {error}")
+        utils.fail(f"--apex: {error}")
+
+
+def sgd(parameters, lr, momentum, weight_decay):
+    """SGD with momentum, fused."""
+    parameters = list(parameters)
+    optimizer = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=True)
+    for p in (
+        parameters if momentum else []
+    ):  # torch leaves it uninitialised if fp16's loss scaling skips the first step
+        optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
+    return optimizer
 
 
 class StaticGradScaler(torch.amp.GradScaler):
@@ -157,7 +165,7 @@ def grad_scaler(args, device):
     """A module's loss scaler; does nothing unless training is in fp16."""
     if args.precision == "fp16" and (args.static_loss_scale or args.half) and not args.dynamic_loss_scale:
         return StaticGradScaler(device.type, args.static_loss_scale or 1.0)
-    return utils.grad_scaler(args, device)
+    return torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
 
 # Meters
@@ -170,15 +178,15 @@ def hits(logits, labels):
 
 
 def percent(hits, count):
-    """Hits in % of a count, both as tensors, over all ranks, as a list."""
-    count = ranks.add_up(count)
+    """Hits in % of a count, both tensors, over all ranks, as a list."""
+    count = ranks.all_reduce(count)
     if not count:
-        ranks.fail("no validation image can be read")
-    return (100 * ranks.add_up(hits) / count).tolist()
+        utils.fail("no validation image can be read")
+    return (100 * ranks.all_reduce(hits) / count).tolist()
 
 
 class Meter:
-    """Mean loss, top-1 and top-5 in % since the last `read`, added up on the device."""
+    """Mean loss, top-1 and top-5 in % since the last `pop`, added up on the device."""
 
     def __init__(self, device):
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)  # the last: number of images
@@ -193,9 +201,9 @@ class Meter:
         """(loss, top-1, top-5) of the last batch, and the means so far, of this rank alone."""
         return [self.means(sums) for sums in torch.stack((self.batch.double(), self.sums)).tolist()]
 
-    def read(self):
-        """(loss, top-1, top-5) of all ranks, and start anew."""
-        means = self.means(ranks.add_up(self.sums).tolist())
+    def pop(self):
+        """(loss, top-1, top-5) of all ranks; the meter starts again from zero."""
+        means = self.means(ranks.all_reduce(self.sums).tolist())
         self.sums.zero_()
         return means
 
@@ -203,6 +211,37 @@ class Meter:
     def means(sums):
         loss, top1, top5, count = sums
         return loss / count, 100 * top1 / count, 100 * top5 / count
+
+
+class Clock:
+    """Seconds of each batch of a training pass: in all, and until it was loaded."""
+
+    def __init__(self):
+        self.total, self.loading, self.begin = [], [], time.perf_counter()
+
+    def loaded(self):
+        self.loading.append(time.perf_counter() - self.begin)
+
+    def trained(self):
+        now = time.perf_counter()
+        self.total.append(now - self.begin)
+        self.begin = now
+
+    def __str__(self):
+        columns = {"Time": self.total, "Data": self.loading}
+        return "\t".join(f"{name} {t[-1]:6.3f} ({sum(t) / len(t):6.3f})" for name, t in columns.items())
+
+    def speed(self, sizes, device):
+        """Images a second, from the sizes of the batches, and peak memory, as text.
+
+        The first batches do not count: they start workers, find the fastest kernels, and so on.
+        """
+        first, memory = min(len(sizes) // 2, 10), ""
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB a rank"
+        seconds = sum(self.total[first:]) + time.perf_counter() - self.begin
+        return f"{sum(sizes[first:]) / seconds:.1f} training images/s{memory}"
 
 
 # Random numbers
@@ -267,158 +306,213 @@ class Best:
         self.top1 = state["top1"]
 
 
+class Classes:
+    """The names of the classes, on a rank that reads images: a checkpoint of others ends the program."""
+
+    def __init__(self, names, folder):
+        self.names, self.folder = names, folder
+
+    def state_dict(self):
+        return {"names": self.names}
+
+    def load_state_dict(self, state):
+        was, now = state["names"], self.names
+        if was and now and was != now:
+            missing, unknown = sorted({*was}.difference(now))[:5], sorted({*now}.difference(was))[:5]
+            utils.fail(
+                f"the checkpoint was trained on {len(was)} classes, {self.folder} has {len(now)}; "
+                f"missing there: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
+            )
+
+
+def load_network(model, args, images):
+    """Give the model the weights of the checkpoint --resume, for --evaluate."""
+    state = utils.load_checkpoint(args.resume, args.script)
+    Classes(images.classes, args.data).load_state_dict(state["parts"]["classes"])
+    saved, flags = state["parts"]["model"], state["arguments"]
+    for flag in ("arch", "balance", "block_size", "mlp", "nlin", "num_modules"):
+        if flags.get(flag) != (now := getattr(args, flag, None)):
+            utils.fail(f"{args.resume} was made with --{flag.replace('_', '-')} {flags[flag]!r}, not {now!r}")
+    if shapes(saved) != shapes(model.state_dict()):
+        was, now = (image_size(argparse.Namespace(**given)) for given in (flags, vars(args)))
+        utils.fail(
+            f"for images of {was} pixels the checkpoint's network is not the same as for {now}: evaluate it with "
+            f"--image-size {was}"
+            if was != now
+            else f"{args.resume} is a checkpoint of another network"
+        )
+    with quiet_meta():
+        model.load_state_dict(saved)
+
+
+def shapes(state):
+    return {name: tensor.shape for name, tensor in state.items()}
+
+
+@contextlib.contextmanager
+def quiet_meta():
+    """Without torch's warning that modules on the meta device, those of other ranks, take no data."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
+        yield
+
+
 class Run(utils.Run):
-    """utils.Run with epochs from 0, the best checkpoint kept as `<checkpoint>_best.pt`, and rank 0 alone writing."""
+    """utils.Run with epochs from 0, which only rank 0 writes. The best checkpoint is kept as `<checkpoint>_best.pt`.
 
-    fail = staticmethod(ranks.fail)
-    may_differ = utils.MAY_DIFFER | {
-        *["module_parallel", "print_freq", "profile", "skip_corrupt", "start_epoch", "tensorboard", "workers"],
-    }
-    network = ("arch", "balance", "block_size", "mlp", "nlin", "num_modules", "script")
+    A checkpoint holds what utils.Run says; its parts are the model, for each module an optimizer and a scaler, the best
+    top-1 so far, and the classes' names. It is the same whether one process has trained all modules, or each rank of a
+    pipeline its own: there each rank has its own module's parts, and rank 0 collects them to write.
+    """
 
-    def __init__(self, args, data, pipeline=None, **parts):
-        self.best, self.writer, self.pipeline = Best(), None, pipeline
-        if args.evaluate:  # the network alone matters, not how and on what it was trained
-            self.may_differ = {*vars(args), *self.may_differ}.difference(self.network)
-            super().__init__(args, data, model=parts["model"])
-        else:
-            super().__init__(args, data, best=self.best, **parts)
-        if args.tensorboard and not args.evaluate and not ranks.RANK:
+    def __init__(self, args, images, pipeline=None, **parts):
+        self.pipeline, self.best, self.writer = pipeline, Best(), None
+        self.screen = sys.stdout
+        if pipeline and not pipeline.replica:  # each module has its lines on the screen
+            self.screen = utils.Screen(sys.__stdout__)
+        super().__init__(args, images, best=self.best, classes=Classes(images.classes, args.data), **self.named(parts))
+        if not args.resume:
+            self.epoch = args.start_epoch
+        if ranks.RANK:
+            self.log_file = Path(os.devnull)
+        elif args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
             self.writer = SummaryWriter(self.checkpoint.with_suffix(".tensorboard"), purge_step=self.epoch)
 
+    def named(self, parts):
+        """Parts by their names in a checkpoint; lists have an entry for each module that this rank trains."""
+        first, named = self.pipeline.n if self.pipeline else 0, {}
+        for name, part in parts.items():
+            named |= {f"{name}.{first + i}": p for i, p in enumerate(part)} if isinstance(part, list) else {name: part}
+        return named
+
+    def replace_parts(self, **parts):
+        self.parts |= self.named(parts)
+
+    # What only rank 0 does
+
+    def lock(self):
+        if ranks.RANK == 0:
+            super().lock()
+        else:
+            self.log_file = Path(os.devnull)  # and so `load` finds no log to cut
+
     def begin(self):
-        if self.args.evaluate:
-            self.fail(f"there is no checkpoint {self.checkpoint} to evaluate")
         super().begin()
         self.log(f"ranks: {ranks.COUNT}")
-        self.epoch = self.args.start_epoch
 
-    def same_data(self, state):
-        """The same classes and images; to be evaluated, other images, if their size does not make another network."""
-        was, now = state.get("classes"), self.data.classes  # None: not read, or a checkpoint of an earlier version
-        if was and now and was != now:
-            missing, unknown = sorted({*was}.difference(now))[:5], sorted({*now}.difference(was))[:5]
-            self.fail(
-                f"the checkpoint was trained on {len(was)} classes, {self.args.data} has {len(now)}; "
-                f"missing there: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}"
-            )
-        if self.args.evaluate:
-            was, now = (image_size(argparse.Namespace(**flags)) for flags in (state["arguments"], vars(self.args)))
-            if was != now:
-                networks = state["parts"]["model"], self.parts["model"].state_dict()
-                shapes = [{name: tensor.shape for name, tensor in (network or {}).items()} for network in networks]
-                if shapes[1] and shapes[0] != shapes[1]:  # in a pipeline rank 0 alone has all shapes
-                    differs = f"the checkpoint's network is not the same as for {now}"
-                    self.fail(f"for images of {was} pixels {differs}: evaluate it with --image-size {was}")
-            # The last words: as many classes
-            return state["data"].split()[-2:] == self.data.description.split()[-2:]
-        return super().same_data(state)
+    def log(self, line):
+        if ranks.RANK == 0:
+            super().log(line)
 
-    def open_log(self, log):
-        return open(os.devnull, "w") if ranks.RANK or self.args.evaluate else super().open_log(log)
-
-    def save(self, state):
-        state["classes"] = self.data.classes
+    def write(self, state, path):
+        if self.pipeline:
+            state["parts"] = whole(self.pipeline.gather(state["parts"]))
         if ranks.RANK == 0:
             if self.best.is_last:
-                utils.write(self.checkpoint.with_stem(f"{self.checkpoint.stem}_best"), state)
-            super().save(state)
+                super().write(state, path.with_stem(f"{path.stem}_best"))
+            super().write(state, path)
+
+    def stop(self, reason):
+        if ranks.RANK:
+            time.sleep(ranks.PATIENCE)  # if rank 0 has stopped, too, it has said why
+        super().stop(reason)
+
+    # On all ranks
+
+    def load(self, path):
+        with quiet_meta():
+            super().load(path)
 
     def epochs(self, last):
         """The epochs still to do, counted from 0."""
         for epoch in super().epochs(last):
-            torch.manual_seed(random_seed(self.args, epoch - 1, ranks.RANK))  # anew: --resume need not restore it
+            torch.manual_seed(random_seed(self.args, epoch - 1, ranks.RANK))
+            if self.pipeline:
+                self.pipeline.waited = dict.fromkeys(self.pipeline.waited, 0.0)
             yield epoch - 1
 
-    def show(self, line):
-        if ranks.RANK and sys.stdout and sys.stdout.isatty():
-            line = f"\r\033[K{line}"  # over rank 0's progress bar
-        super().show(line)
-
-    def read(self, meter, n, epoch):
-        try:
-            return super().read(meter, n, epoch)
-        except SystemExit:  # on all ranks
-            if ranks.RANK:
-                raise SystemExit(1) from None
-            raise
-
-    def check(self, loss, n, epoch):
+    def check_finite(self, loss, n, epoch):
         if self.args.dummy:  # at any learning rate: it is the speed that is measured
             return
         if self.pipeline:
             first, replicas = n * self.pipeline.replicas, self.pipeline.replicas
             n = f"{n} on rank {first}" if replicas == 1 else f"{n} on ranks {first} to {first + replicas - 1}"
-        super().check(loss, n, epoch)
+        super().check_finite(loss, n, epoch)
 
     def watch(self, batches, meters, epoch):
         """The training batches, with a bar on a terminal and every --print-freq batches a line a module.
 
-        In a pipeline, each rank has its own module's meter to show.
+        In a pipeline, each rank has a line for its own module.
         """
-        shown, sharers, screen = dict(enumerate(meters)), ranks.COUNT, sys.stdout
-        if pipeline := self.pipeline:
-            shown, sharers = {pipeline.n: meters[pipeline.n]}, pipeline.replicas
-            screen = screen if pipeline.replica else sys.__stdout__
-            pipeline.waited = dict.fromkeys(pipeline.waited, 0.0)
-        times, sizes, begin = {"Time": [], "Data": []}, [], time.perf_counter()
+        shown = {self.pipeline.n: meters[self.pipeline.n]} if self.pipeline else dict(enumerate(meters))
+        clock, sizes, shares = Clock(), [], ranks.share(self.pipeline)[1]
         for i, batch in enumerate(progress_bar(batches, "training")):
-            times["Data"].append(time.perf_counter() - begin)
+            clock.loaded()
             yield batch
             due = self.args.print_freq and i % self.args.print_freq == 0
             results = {n: meter.look() for n, meter in shown.items()} if due else {}  # waits for the device
-            times["Time"].append(time.perf_counter() - begin)
-            begin += times["Time"][-1]
-            sizes.append(len(batch[1]) * sharers)
-            place = f"Epoch: [{epoch}][{i:{len(str(len(batches)))}}/{len(batches)}]"
+            clock.trained()
+            sizes.append(len(batch[1]) * shares)
             for n, ((loss, top1, top5), (mean, mean1, mean5)) in results.items():
-                self.check(loss, n, epoch)
+                self.check_finite(loss, n, epoch)
+                place = f"Epoch: [{epoch}][{i:{len(str(len(batches)))}}/{len(batches)}]"
                 which = [f"n: {n}"] if len(meters) > 1 else []
-                spent = [f"{name} {t[-1]:6.3f} ({sum(t) / len(t):6.3f})" for name, t in times.items()]
                 tops = f"Acc@1 {top1:6.2f} ({mean1:6.2f})", f"Acc@5 {top5:6.2f} ({mean5:6.2f})"
-                with tqdm.external_write_mode(), contextlib.redirect_stdout(screen):
-                    self.show("\t".join([place, *which, *spent, f"Loss {loss:.4e} ({mean:.4e})", *tops]))
-        which = f"n: {pipeline.n}, " if pipeline else ""
-        with contextlib.redirect_stdout(screen):
-            self.show(which + self.speed(times["Time"], sizes, batches.device))
+                self.show("\t".join([place, *which, str(clock), f"Loss {loss:.4e} ({mean:.4e})", *tops]))
+        which = f"n: {self.pipeline.n}, " if self.pipeline else ""
+        self.show(which + clock.speed(sizes, batches.device))
 
-    def speed(self, times, sizes, device):
-        """Images a second of all ranks that share a batch, but for the first batches, and peak memory, as text."""
-        first = min(len(times) // 2, 10)  # they find the fastest kernels, start workers, ...
-        begin = time.perf_counter()
-        memory = ""
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-            memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB a rank"
-        seconds = sum(times[first:]) + time.perf_counter() - begin
-        return f"{sum(sizes[first:]) / seconds:.1f} training images/s{memory}"
+    def show(self, line):
+        """Print a line on the screen; on other ranks than 0, it takes the place of rank 0's progress bar."""
+        with tqdm.external_write_mode():
+            print(f"\r\033[K{line}" if ranks.RANK and self.screen.isatty() else line, file=self.screen)
 
     def show_profile(self, seconds):
-        """On the screen: what each rank of the pipeline has spent the `seconds` of a training pass on."""
+        """Print what each rank of the pipeline has spent the `seconds` of a training pass on."""
         spent = torch.zeros(ranks.COUNT, 3, dtype=torch.float64, device=self.pipeline.device)
         spent[ranks.RANK] = torch.tensor([seconds, *self.pipeline.waited.values()])
-        for rank, (total, for_input, for_send) in enumerate(ranks.add_up(spent).tolist()):
+        for rank, (total, for_input, for_send) in enumerate(ranks.all_reduce(spent).tolist()):
             waits = f"waiting for input {for_input:.2f} s, for sends {for_send:.2f} s"
-            self.show(f"rank {rank}: {total:.2f} s, computing {total - for_input - for_send:.2f} s, {waits}")
+            print(f"rank {rank}: {total:.2f} s, computing {total - for_input - for_send:.2f} s, {waits}")
 
     def end_epoch(self, epoch, top1):
         """Log how many images could not be read; keep the checkpoint if top1, the network's, is the best."""
         self.best.update(top1)
-        self.log_skipped(f"epoch {epoch}, ")
-
-    def log_skipped(self, when=""):
-        """Log how many images could not be read, of all ranks."""
-        for kind, batches in (("training", self.data.train), ("validation", self.data.test)):
-            skipped = int(ranks.add_up(torch.tensor(batches.skipped, device=batches.device)))
-            batches.skipped = 0
-            if skipped:
-                self.log(f"{when}skipped: {skipped} {kind} images that cannot be read")
+        for text in skipped(self.data):
+            self.log(f"epoch {epoch}, {text}")
 
     def scalars(self, epoch, n, **values):
         """What --tensorboard shows of module n."""
         if self.writer:
-            for name, value in values.items():
-                self.writer.add_scalar(f"{name}/{n}", value, epoch)
-            self.writer.flush()
+            try:
+                for name, value in values.items():
+                    self.writer.add_scalar(f"{name}/{n}", value, epoch)
+                self.writer.flush()
+            except Exception as error:  # of the thread that writes
+                self.stop(f"Cannot write {self.writer.log_dir}: {error}")
+
+
+def whole(shares):
+    """The parts of a whole checkpoint, from those of each module's rank; None where there are none.
+
+    Of the model, a rank has the shapes of all tensors, but the data of its own module's only.
+    """
+    if not shares:
+        return None
+    parts = shares[0]
+    for share in shares[1:]:
+        own = {name: tensor for name, tensor in share["model"].items() if not tensor.is_meta}
+        parts["model"].update(own)
+        parts = {**share, **parts}
+    return parts
+
+
+def skipped(images):
+    """For each set of images, of all ranks, how many could not be read since the last time, as text."""
+    for kind, batches in (("training", images.train), ("validation", images.test)):
+        count = int(ranks.all_reduce(torch.tensor(batches.skipped, device=batches.device)))
+        batches.skipped = 0
+        if count:
+            yield f"skipped: {count} {kind} images that cannot be read"
