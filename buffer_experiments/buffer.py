@@ -1,7 +1,7 @@
 """The buffer between two modules in asynchronous DGL (Algorithm 2, arXiv 1901.08164), and its compression.
 
-Representations are (B, C, s, s); stored, they are (B, s, s, C), which is what channels_last convolutions read, or,
-quantised, the indices of codewords (B, s, s, G).
+Representations are (B, C, s, s). They are stored as (B, s, s, C), which is what channels_last convolutions read, or
+quantised, as the indices of codewords (B, s, s, G).
 """
 
 import argparse
@@ -17,15 +17,20 @@ SAMPLINGS = ["priority_lifo", "random"]
 
 
 class Buffer:
-    """A ring of the last `size` batches, its storage allocated once. Not thread-safe.
+    """A ring of the last `size` batches. Its storage is allocated once. Not thread-safe.
 
     Args:
         size: M, in batches.
         batch_size, shape: B and (C, s, s) of a representation.
         quantizer: a ProductQuantizer(C, ...) that encodes what is stored and learns from it.
-        sampling: `priority_lifo`: of the batches that were used least often the newest; `random`: any.
+        sampling: `priority_lifo` takes the newest of the least used batches, `random` takes any.
         max_reuse: how often a batch may be used; None: no limit.
-        seed: of `random`.
+        seed: for `random`.
+
+    Attributes:
+        count: batches put so far; batch number i is in slot i % size.
+        uses: how often each batch in the ring has been used, by its number, oldest first.
+        sampled: number of the batch that `sample` returned last.
     """
 
     def __init__(
@@ -45,8 +50,7 @@ class Buffer:
         self.stored = torch.empty(size, batch_size, *sides, depth, dtype=dtype, device=device)
         self.labels = torch.empty(size, batch_size, dtype=torch.long, device=device)
         self.quantizer, self.sampling, self.max_reuse = quantizer, sampling, max_reuse
-        self.count = 0  # batches put so far; batch number i is in slot i % size
-        self.uses = {}  # number of each batch in the ring, oldest first -> how often it was used
+        self.count, self.uses, self.sampled = 0, {}, None
         self.generator = torch.Generator().manual_seed(seed)
 
     def put(self, representation, labels):
@@ -67,31 +71,31 @@ class Buffer:
         self.count += 1
 
     def sample(self):
-        """(representation, labels), or None if there is no batch left.
+        """(representation, labels), or None if every batch has been used up.
 
-        Without a quantizer, both are views of the ring, overwritten by a later `put`. Indices are decoded with the
-        codebook of now, not of then: none needs to be kept, and codewords move with the representations they stand
-        for, so an old index is decoded to what the layer gives out now. (Only an index of a codeword that was revived
-        since means something else, and these are the ones that hardly ever occur.)
+        Both are views of the ring, which a later `put` overwrites; a quantised representation is a new tensor. Indices
+        are decoded with the current codebook, so old codebooks need not be stored. Codewords follow the layer's output
+        as it changes, so an old index stands for what the layer would output now. (The exception: a codeword that has
+        been revived since then. Those are rare.)
         """
         usable = [i for i, uses in self.uses.items() if self.max_reuse is None or uses < self.max_reuse]
         if not usable:
             return None
         if self.sampling == "random":
-            number = usable[int(torch.randint(len(usable), (), generator=self.generator))]
+            self.sampled = usable[int(torch.randint(len(usable), (), generator=self.generator))]
         else:
-            number = min(usable, key=lambda i: (self.uses[i], -i))
-        self.uses[number] += 1
-        slot = number % len(self.labels)
+            self.sampled = min(usable, key=lambda i: (self.uses[i], -i))
+        self.uses[self.sampled] += 1
+        slot = self.sampled % len(self.labels)
         stored = self.stored[slot]
         return self.quantizer.decode(stored) if self.quantizer else stored.permute(0, 3, 1, 2), self.labels[slot]
 
     def num_bytes(self):
-        """Of all tensors of the buffer, codebook included."""
+        """The size of all tensors of the buffer, codebook included."""
         return self.stored.nbytes + self.labels.nbytes + (self.quantizer.num_bytes() if self.quantizer else 0)
 
     def uncompressed_bytes(self):
-        """What `num_bytes` would be for float32."""
+        """What `num_bytes` would be with float32 and no quantizer."""
         return 4 * len(self.labels) * self.labels.shape[1] * math.prod(self.shape) + self.labels.nbytes
 
     def state_dict(self):
@@ -115,21 +119,21 @@ class Buffer:
 
 
 class ProductQuantizer(nn.Module):
-    """Product quantisation, learned online: each of G groups of C/G channels of a pixel -> the index of a codeword.
+    """Product quantisation, learned online: the C channels of a pixel are cut into G groups, each stored as one index.
 
-    A codebook for each group, moved as in VQ-VAE (van den Oord et al., arXiv 1711.00937, appendix A.1): a codeword is
-    the mean of the vectors nearest to it, as an exponential moving average over batches. One that is hardly used any
-    more is revived: it becomes a random vector of the batch. Compressed buffers: arXiv 2106.06401.
+    Every group has a codebook, which is learned as in VQ-VAE (van den Oord et al., arXiv 1711.00937, appendix A.1): a
+    codeword is the mean of the vectors nearest to it, as an exponential moving average over batches. A codeword that
+    is hardly used is revived: it becomes a random vector of the batch. Compressed buffers: arXiv 2106.06401.
 
     Args:
-        channels, groups, codewords: C, G (a divisor of C) and V, the codewords of a group (at most 32,768).
-        decay: of the averages, for each batch.
-        dead: the share of its fair share of vectors (one in V) below which a codeword is revived.
-        pixels: of a batch, drawn at random, that `update` learns from.
-        seed: of the random draws.
+        channels, groups, codewords: C, G (a divisor of C) and V, the codewords in a group (at most 32,768).
+        decay: of the moving averages, per batch.
+        dead: a codeword is revived if it gets less than this fraction of its fair share (one in V) of the vectors.
+        pixels: how many random pixels of a batch `update` learns from.
+        seed: for the random draws.
     """
 
-    CHUNK, CPU_CHUNK = 2**22, 2**18  # scores computed at a time: 16 MiB; 1 MiB, which stays in a core's cache
+    CHUNK, CPU_CHUNK = 2**22, 2**18  # scores computed at a time: 16 MiB, or 1 MiB, which fits a core's cache
 
     def __init__(self, channels, groups, codewords, decay=0.9, dead=0.01, pixels=2**14, seed=0):
         super().__init__()
@@ -137,8 +141,9 @@ class ProductQuantizer(nn.Module):
         self.dtype = torch.uint8 if codewords <= 256 else torch.int16
         self.generator = torch.Generator().manual_seed(seed)
         self.register_buffer("codebook", torch.zeros(groups, codewords, channels // groups))
-        self.register_buffer("sums", torch.zeros_like(self.codebook))  # moving averages: of the sum of a codeword's
-        self.register_buffer("counts", torch.zeros(groups, codewords))  # vectors, and of their number
+        # moving averages, for each codeword: the sum of the vectors nearest to it, and their number
+        self.register_buffer("sums", torch.zeros_like(self.codebook))
+        self.register_buffer("counts", torch.zeros(groups, codewords))
         self.register_buffer("errors", torch.zeros(2, dtype=torch.float64))  # squared errors, squared values
 
     def vectors(self, x):
@@ -146,11 +151,11 @@ class ProductQuantizer(nn.Module):
         return x.permute(0, 2, 3, 1).reshape(-1, *self.codebook[:, 0].shape)
 
     def offsets(self):
-        """(G,): where each group's codewords begin in all codebooks one behind the other."""
+        """(G,): where each group's codewords begin in the concatenated codebooks."""
         return torch.arange(self.groups, device=self.codebook.device) * self.codewords
 
     def nearest(self, vectors):
-        """Vectors (N, G, C/G) -> index of the nearest codeword (N, G), in the smallest integer type."""
+        """Vectors (N, G, C/G) -> indices of the nearest codewords (N, G), in the smallest integer type."""
         indices = torch.empty(vectors.shape[:2], dtype=self.dtype, device=vectors.device)
         bias = -0.5 * self.codebook.square().sum(2)[:, None]  # argmin |x - e|^2 = argmax x.e - |e|^2 / 2
         scores = self.CPU_CHUNK if vectors.device.type == "cpu" else self.CHUNK
@@ -182,7 +187,7 @@ class ProductQuantizer(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             indices = self.nearest(sample) + self.offsets()  # (N, G)
         flat = self.codebook.flatten(0, 1)
-        seen = self.counts.any()  # the first batch's error would be that of no codebook
+        seen = self.counts.any()  # there is no codebook yet when the first batch comes
         self.errors += seen * torch.stack(((sample - flat[indices]).square().sum(), sample.square().sum()))
         sums = torch.zeros_like(flat).index_add_(0, indices.flatten(), sample.flatten(0, 1))
         ones = torch.ones(indices.numel(), device=x.device)
@@ -190,19 +195,19 @@ class ProductQuantizer(nn.Module):
         self.sums.lerp_(sums.view_as(self.sums), 1 - self.decay)
         self.counts.lerp_(counts.view_as(self.counts), 1 - self.decay)
         fair = self.counts.sum(1, keepdim=True) / self.codewords
-        dead = self.counts <= self.dead * fair  # all of them are before the first batch
+        dead = self.counts <= self.dead * fair  # at the first batch, all of them
         self.counts.copy_(torch.where(dead, fair, self.counts))
         self.sums.copy_(torch.where(dead[..., None], fair[..., None] * spare, self.sums))
         self.codebook.copy_(self.sums / self.counts[..., None])
 
-    def read_error(self):
-        """Relative mean squared error of the pixels that `update` saw since the last call (before it learned them)."""
+    def pop_error(self):
+        """Relative mean squared error on what `update` has seen since the last call, before learning from it."""
         error, total = self.errors.tolist()
         self.errors.zero_()
         return error / total if total else math.nan
 
     def num_bytes(self):
-        """Of all tensors: the codebooks and the averages behind them."""
+        """The size of the codebooks and of the averages that they are computed from."""
         return sum(buffer.nbytes for buffer in self.buffers())
 
     def get_extra_state(self):
@@ -221,7 +226,7 @@ def groups_and_codewords(text):
 
 
 def available_memory(device):
-    """Bytes that can still be allocated on the device, as far as the system tells."""
+    """Bytes that can still be allocated on the device, as far as the system knows."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     limits = []

@@ -1,9 +1,9 @@
 """Asynchronous DGL on CIFAR-10, on parallel processes (Algorithm 2, arXiv 1901.08164, Section 5.3).
 
-A process trains each module. A thread of its own fills the process's ring buffer with what the module before sends; the
-module trains on what it samples there, and waits for nobody as long as the buffer has anything in it: a slow module
-gives its successors fewer new batches, and misses some of its predecessor's, but no other is slowed down by it.
-cifar_buffer.py simulates this in one process.
+Each module is trained by a process of its own. In each process, a thread fills a ring buffer with what the previous
+module sends, and the module trains on samples from it. It waits only while the buffer is empty. So a slow module gives
+its successors fewer new batches and misses some of its predecessor's, but slows down nobody. cifar_buffer.py simulates
+this in one process.
 
     torchrun --standalone --nproc_per_node=6 cifar_async.py --buffer 30 --seed 0
     torchrun --standalone --nproc_per_node=6 cifar_async.py --buffer 30 --slow-layer 3 --slowdown 1.5 --seed 0
@@ -12,8 +12,8 @@ cifar_buffer.py simulates this in one process.
     torchrun --standalone --nproc_per_node=6 cifar_async.py --buffer 30 --sync --seed 0            # each batch once
     torchrun --standalone --nproc_per_node=6 --max-restarts=3 cifar_async.py --buffer 30 --seed 0 --resume auto
 
-The first process writes a log, with a line a module and epoch, and a checkpoint to --resume from; what was in the
-buffers is not in it: they fill again.
+The first process writes a log with a line a module and epoch, and a checkpoint to --resume from. The buffers are not in
+the checkpoint: they fill again.
 """
 
 import argparse
@@ -29,65 +29,65 @@ import sys
 import threading
 import time
 
+import utils
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+import cifar
 import transport
-import utils
 from buffer import SAMPLINGS, Buffer, ProductQuantizer, available_memory, groups_and_codewords
 from models import add_network_flags, check_network_flags, make_network
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def above(minimum, or_equal=False):
-    """An argparse type: a finite number above `minimum`, or equal to it."""
-
-    def number(text):
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        if not math.isfinite(value) or value < minimum or (value == minimum and not or_equal):
-            bound = f"{'of at least' if or_equal else 'above'} {minimum}"
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number {bound}")
-        return value
-
-    return number
-
-
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
+    cifar.add_data_flags(parser)
     add = parser.add_argument
-    add("--buffer", type=utils.at_least(0), default=0, help="M, batches in a buffer; 0: one")
+    add("--buffer", type=utils.at_least(0), default=0, help="M, batches in a buffer; 0: one batch")
     add("--block_size", type=utils.at_least(1), default=1, help="layers of a module")
-    add("--slow-layer", type=utils.at_least(0), default=0, help="the module with this layer, from 0, is slowed down")
-    add("--slowdown", type=above(1, True), default=1.0, help="so many times: it sleeps in proportion to each step")
-    add("--pace", type=above(0, True), default=0.0, metavar="SECONDS", help="a step's shortest time, x --slowdown")
+    add("--slow-layer", type=utils.at_least(0), default=0, help="slow down the module with this layer, from 0")
+    add(
+        "--slowdown",
+        type=utils.at_least(1, float),
+        default=1.0,
+        help="how many times: it sleeps after each step",
+    )
+    add(
+        "--pace",
+        type=utils.at_least(0, float),
+        default=0.0,
+        metavar="SECONDS",
+        help="shortest step, x --slowdown",
+    )
     add("--sync", action="store_true", help="synchronous DGL as a pipeline: each batch once, in order, waited for")
-    add("--idle", action="store_true", help="measure only: steps compute nothing, they sleep for --pace")
-    add("--buffer-sampling", choices=SAMPLINGS, default="priority_lifo", help="of the least used batches the newest")
-    add("--max-buffer-reuse", type=utils.at_least(1), help="a batch is trained on so often at most (default: no limit)")
+    add("--idle", action="store_true", help="to measure the transport: steps only sleep for --pace")
+    add("--buffer-sampling", choices=SAMPLINGS, default="priority_lifo", help="priority_lifo: newest of the least used")
+    add("--max-buffer-reuse", type=utils.at_least(1), help="how often a batch is used at most (default: no limit)")
     add("--quantize", type=groups_and_codewords, metavar="G,V", help="send indices: G groups of channels, V codewords")
     add("--nepochs", "--epochs", dest="epochs", type=utils.at_least(1), default=50, help="epochs of each module")
-    add("--lr", type=above(0), default=0.1, help="learning rate")
+    add("--lr", type=utils.at_least(0, float, above=True), default=0.1, help="learning rate")
     add("--epochdecay", type=utils.at_least(1), default=15, help="epochs of a module after which it is divided by 5")
     add("--batch_size", "--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     add("--ensemble", type=int, choices=[0, 1], default=1, help="test the ensembles of modules 0 to n too")
-    add("--seed", type=utils.at_least(0), required=True, help="of the weights and of the data's order")
+    add("--seed", type=utils.at_least(0), help="of the weights and of the data's order")
     add("-j", dest="workers", type=int, default=0, help="without effect: data needs no worker processes")
     add_network_flags(parser)
     args = parser.parse_args(argv)
     del args.workers
+    if args.seed is None:  # a resumed run has the checkpoint's
+        parser.error("--seed is required")
     check_network_flags(parser, args)
     if args.slow_layer >= args.ncnn:
         parser.error(f"--slow-layer {args.slow_layer}: the {args.ncnn} layers are 0 to {args.ncnn - 1}")
     if args.idle and not args.pace:
-        parser.error("--idle: with --pace SECONDS, for which the steps sleep")
+        parser.error("--idle needs --pace SECONDS: how long a step sleeps")
     if args.quantize and args.feature_size % args.quantize[0]:
         parser.error(f"--quantize: {args.feature_size} channels cannot be cut into {args.quantize[0]} groups")
     return args
@@ -97,7 +97,7 @@ def parse_args(argv=None):
 
 
 class Images:
-    """What the first module reads: training batches without end."""
+    """The input of the first module: an endless stream of training batches."""
 
     waited = False
 
@@ -110,10 +110,10 @@ class Images:
 
 
 class Received:
-    """The ring buffer before a module: a thread puts into it what is received, the module samples from it.
+    """The ring buffer before a module. A thread puts received batches into it, and the module samples from it.
 
-    With --sync, a queue instead: each batch is given out once, in order, and the sender is at most M batches ahead.
-    `waited`: whether the last batch had to be waited for.
+    With --sync it is a queue: each batch is returned once, in order, and the sender is at most M batches ahead.
+    `waited` says whether the last call of `sample` had to wait.
     """
 
     def __init__(self, args, shape, device, team):
@@ -139,7 +139,7 @@ class Received:
 
     def put(self, stored, labels, codebook=None):
         buffer = self.buffer
-        self.figures["unused"] += buffer.uses.get(buffer.count - len(buffer.labels)) == 0  # and now overwritten
+        self.figures["unused"] += buffer.uses.get(buffer.count - len(buffer.labels)) == 0  # and about to be overwritten
         if codebook is None:
             buffer.put(stored, labels)
         else:
@@ -147,40 +147,38 @@ class Received:
             buffer.put_stored(stored, labels)
 
     def sample(self):
-        """(representation, labels), of the least used batches the newest; None if the job is over."""
+        """(representation, labels), of the least used batches the newest. None if the job is over."""
         self.waited = self.queue is not None and self.queue.empty()
         if self.queue is not None:
             self.put(*self.queue.get())
-            with contextlib.suppress(OSError):  # the receiving thread will notice too
+            with contextlib.suppress(OSError):  # the receiving thread notices too
                 self.team.previous.sendall(b"!")
         with self.changed:
-            while (batch := self.buffer.sample()) is None:  # nothing came yet, or all is used --max-buffer-reuse times
+            while (batch := self.buffer.sample()) is None:  # nothing yet, or all used --max-buffer-reuse times
                 if self.team.over.is_set():
                     return None
                 self.waited = True
                 self.changed.wait(0.1)
-            newest, (size, batch_size) = self.buffer.count - 1, self.buffer.labels.shape
-            age = (newest - batch[1].storage_offset() // batch_size) % size
-            self.figures["age"] += age
-            self.figures["fresh"] += self.buffer.uses[newest - age] == 1
-            return tuple(tensor.clone() for tensor in batch)  # the ring may be overwritten at any time
+            self.figures["age"] += self.buffer.count - 1 - self.buffer.sampled
+            self.figures["fresh"] += self.buffer.uses[self.buffer.sampled] == 1
+            return tuple(tensor.clone() for tensor in batch)  # the thread may overwrite the ring at any time
 
 
 class Sending:
-    """The way to the next module: what is put is sent by a thread, and a newer batch replaces one that waits for it.
+    """Sends batches to the next module, in a thread. A batch that still waits is replaced by a newer one.
 
-    With --sync, `put` waits instead. With --quantize, what goes out are indices and the codebook.
+    With --sync, `put` waits instead. With --quantize, indices and the codebook are sent.
     """
 
     def __init__(self, args, shape, device, team):
         self.outbox = transport.Outbox(team, window=max(args.buffer, 1) if args.sync else 0)
         self.quantizer = args.quantize and ProductQuantizer(shape[0], *args.quantize, seed=args.seed).to(device)
-        self.plain_bytes = args.batch_size * (4 * math.prod(shape) + 8)  # of a batch in float32, and its labels
+        self.plain_bytes = args.batch_size * (4 * math.prod(shape) + 8)  # a batch in float32, and its labels
 
     def put(self, representation, labels):
         if self.quantizer:
             self.quantizer.update(representation)
-            codebook = self.quantizer.codebook.clone()  # it may move on before it is sent
+            codebook = self.quantizer.codebook.clone()  # it may change before it is sent
             self.outbox.put(self.quantizer.encode(representation), labels, codebook)
         else:
             self.outbox.put(representation, labels)
@@ -196,10 +194,10 @@ class Sending:
 
 
 class Worker:
-    """Module n and what trains it, in a process of its own; a step of another module is never waited for.
+    """Trains module n, in a process of its own. It never waits for another module's step.
 
-    `outputs` is None for the last module; `disturbed` says whether this process does something else at the moment, so
-    that a step's duration means nothing.
+    `outputs` is None for the last module. `disturbed()` says whether this process is doing something else right now,
+    which makes a step's duration meaningless.
     """
 
     def __init__(self, args, n, parts, shape, epoch_steps, device, inputs, outputs, disturbed):
@@ -207,18 +205,18 @@ class Worker:
         self.parts, self.inputs, self.outputs, self.disturbed = parts, inputs, outputs, disturbed
         self.block, self.auxiliary_net = parts
         self.epochs = 0
-        self.optimizer, self.scaler = self.new_optimizer(), utils.grad_scaler(args, device)
-        self.autocast, self.meter = utils.autocast(args, device), utils.Meter(device)
+        self.optimizer, self.scaler = self.new_optimizer(), cifar.grad_scaler(args, device)
+        self.autocast, self.meter = utils.autocast(args, device), cifar.Meter(device)
         self.step = self.idle_step if args.idle else self.train_step
         self.silence = torch.zeros(args.batch_size, *shape, device=device)  # what an idle worker sends
         self.slowdown = args.slowdown if n == args.slow_layer // args.block_size else 1
-        self.pace, self.due = self.slowdown * args.pace, time.monotonic()  # due: when the last step should have ended
-        self.counts = {"samples": 0, "steps": 0, "seconds": 0.0}  # seconds: of the steps that were measured
+        self.pace, self.due = self.slowdown * args.pace, time.monotonic()  # due: when the last step should end
+        self.counts = {"samples": 0, "steps": 0, "seconds": 0.0}  # steps, seconds: measured ones only
         self.before, self.reported = None, collections.Counter()
 
     def new_optimizer(self):
-        """The learning rate is divided by 5 after every --epochdecay epochs of the module; momentum starts anew."""
-        return utils.sgd(self.parts, self.args.lr / 5 ** (self.epochs // self.args.epochdecay), 5e-4)
+        """After every --epochdecay epochs of the module: a 5 times smaller learning rate, and momentum from zero."""
+        return cifar.sgd(self.parts, self.args.lr / 5 ** (self.epochs // self.args.epochdecay), weight_decay=5e-4)
 
     def send(self, representation, labels):
         if self.outputs:
@@ -228,7 +226,7 @@ class Worker:
         """One epoch of module n (Algorithm 2)."""
         self.parts.train()
         for _ in range(self.epoch_steps):
-            x, labels = self.inputs.sample()  # waits only if there is nothing in the buffer
+            x, labels = self.inputs.sample()  # waits only while the buffer is empty
             with self.timed():
                 self.step(x, labels)
         self.epochs += 1
@@ -250,7 +248,7 @@ class Worker:
 
     @torch.no_grad()
     def feed(self, over):
-        """A module that is done goes on in eval mode to feed the next, at the pace at which it trained."""
+        """After the last epoch: go on feeding the next module, in eval mode, as fast as in training."""
         self.parts.eval()
         pace = self.counts["seconds"] / max(self.counts["steps"], 1)
         while not over.is_set() and (batch := self.inputs.sample()):
@@ -262,9 +260,10 @@ class Worker:
 
     @contextlib.contextmanager
     def timed(self):
-        """Let a step last as --slowdown and --pace say, and measure how long it took with the wait before it.
+        """Stretch a step as --slowdown and --pace demand, and measure it, including the wait before it.
 
-        What else runs on the machine shall not decide the workers' rates: a delay of up to a step is made up for.
+        With --pace, later steps make up for a delay of up to a step, so that other load on the machine does not decide
+        the workers' rates.
         """
         start, disturbed = time.monotonic(), self.disturbed()
         yield
@@ -282,23 +281,23 @@ class Worker:
         self.before = now
 
     def run(self, team):
-        """All epochs; after each, rank 0 gets the weights and the figures."""
+        """Train all epochs. After each, send rank 0 the weights and the figures."""
         while self.epochs < self.args.epochs:
             self.train_epoch()
-            news = {"epochs": self.epochs, "figures": self.figures()}
+            news = {"figures": self.pop_figures()}
             if not self.args.idle:
-                loss, news["top1"] = self.meter.read()
+                loss, news["top1"] = self.meter.pop()
                 if not math.isfinite(loss):
                     raise SystemExit(f"Epoch {self.epochs}, module {self.n} on rank {self.n}: the loss is {loss}")
             if self.epochs < self.args.epochs and self.epochs % self.args.epochdecay == 0:
                 self.optimizer = self.new_optimizer()
             team.report(news, [transport.pack(self.state_dict())])
-            self.before = None  # the time for this is no step's
+            self.before = None  # this time belongs to no step
         if self.outputs and not self.args.sync:
             self.feed(team.over)
         team.over.wait()
 
-    def figures(self):
+    def pop_figures(self):
         """What has been counted since the last call."""
         counted = collections.Counter(self.counts)
         for end in filter(None, (self.inputs, self.outputs)):
@@ -306,7 +305,7 @@ class Worker:
         figures = {name: counted[name] - self.reported[name] for name in counted}
         self.reported = counted
         if self.outputs and self.outputs.quantizer:
-            figures["errors"] = self.outputs.quantizer.read_error()
+            figures["errors"] = self.outputs.quantizer.pop_error()
         return figures
 
     def state_dict(self):
@@ -331,11 +330,11 @@ class Worker:
             self.inputs.generator.set_state(state["generator"])
 
 
-# What rank 0 does besides: test, log and checkpoint, in a thread of its own
+# Rank 0's other job, in a thread of its own: test, log and checkpoint
 
 
 class Member:
-    """What rank 0 knows of module n: the news of its last finished epoch. Its weights are in the network to test."""
+    """What rank 0 knows of module n as of its last finished epoch. The weights are in the network that is tested."""
 
     def __init__(self, network, n):
         self.block, self.auxiliary_net = network.blocks[n], network.auxiliary_nets[n]
@@ -350,16 +349,16 @@ class Member:
         self.recent.append(news.get("top1", 0.0))  # idle workers have none
         self.figures.update({**news["figures"], "epochs": 1})
 
-    def read(self):
+    def pop(self):
         """(train accuracy, figures) since the last call."""
-        if self.recent:  # else the module was done before
+        if self.recent:  # otherwise the module was done before
             self.top1 = sum(self.recent) / len(self.recent)
         self.total.update(self.figures)
         figures, self.recent, self.figures = self.figures, [], collections.Counter()
         return self.top1, figures
 
     def start(self):
-        """The state with which the worker goes on."""
+        """The state for the worker to go on from."""
         return {"block": self.block.state_dict(), "auxiliary_net": self.auxiliary_net.state_dict(), **self.state}
 
     def state_dict(self):
@@ -374,7 +373,7 @@ class Member:
 def evaluate(model, autocast, batches):
     """Top-1 accuracy in % of every module, and of every ensemble of modules 0 to n, in one pass over the batches.
 
-    An ensemble's logits are averaged with weights 2^i / sum.
+    An ensemble averages its modules' logits with weights 2^i / sum.
     """
     model.eval()
     correct = torch.zeros(2, len(model.blocks), device=batches.device)
@@ -390,9 +389,9 @@ def evaluate(model, autocast, batches):
 
 
 def collect(args, team, run, network, members, test, testing):
-    """Log and checkpoint an epoch as soon as every module has finished it; no module waits for this.
+    """Log and checkpoint an epoch as soon as every module has finished it. No module waits for this.
 
-    Tested is what every module was at the end of its last epoch, `epochtrue`; with --sync at the end of this one.
+    Every module is tested as it was after its last finished epoch, `epochtrue`. With --sync, that is this one.
     """
     autocast, waiting = utils.autocast(args, test.device), [collections.deque() for _ in members]
     for epoch in run.epochs(args.epochs):
@@ -409,7 +408,7 @@ def collect(args, team, run, network, members, test, testing):
         testing.clear()
         figures = []
         for n, member in enumerate(members):
-            train, counted = member.read()
+            train, counted = member.pop()
             figures.append(counted)
             if tested:
                 test_top1, ensemble = tested[0][n], f",ense {tested[1][n]:.2f}" if args.ensemble else ""
@@ -422,7 +421,7 @@ def collect(args, team, run, network, members, test, testing):
 
 
 def log_figures(run, when, figures):
-    """A line a worker, from what was counted."""
+    """Log a line a worker, from its counts."""
     for n, count in enumerate(figures):
         if not count["steps"]:
             continue
@@ -441,16 +440,37 @@ def log_figures(run, when, figures):
 # Start
 
 
+class Run(utils.Run):
+    """A Run whose checkpoints are written by a thread. Signals are the Team's business, which ends the whole job."""
+
+    def go_on_from(self, checkpoint):
+        self.last_checkpoint = checkpoint  # only a main thread can handle signals
+
+    def interruption(self):
+        if not self.last_checkpoint:
+            return "Interrupted before this run finished an epoch."
+        return f"Interrupted; go on from the last finished epoch with --resume {self.last_checkpoint}"
+
+
 def join():
-    """(store, rank, number of processes): torchrun's, or this process alone."""
-    if "RANK" not in os.environ:
+    """(store, rank, number of processes), from torchrun; without it, this process is alone."""
+    names = ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    if not any(os.environ.get(name) for name in names[:2]):
         return None, 0, 1
-    store, rank, size = next(dist.rendezvous("env://"))
+    *numbers, host = (os.environ.get(name, "") for name in names)
+    rank, size, port = (int(number) if number.isdecimal() else -1 for number in numbers)
+    if not 0 <= rank < size or port < 0 or not host:
+        given = " ".join(f"{name}={os.environ.get(name, '')}" for name in names)
+        utils.fail(f"the environment says only in part who takes part in this job ({given}): start with torchrun")
+    try:
+        store, rank, size = next(dist.rendezvous("env://"))
+    except Exception as error:  # torch raises all kinds
+        utils.fail(f"no connection to the job at {host}:{port}: {error}")
     store.set_timeout(datetime.timedelta(seconds=transport.PATIENCE))
     return store, rank, size
 
 
-def prepare(args, size):
+def set_up_device(args, size):
     """Seed torch and return the device of this process."""
     if size > 1 and not args.threads:
         args.threads = 1
@@ -461,15 +481,15 @@ def prepare(args, size):
     return device
 
 
-def check(args, shapes, size, device):
-    """The buffers, on the meta device; a run that does not fit its processes or its memory ends here."""
+def plan_buffers(args, shapes, size, device):
+    """The buffers, on the meta device. Ends a run that does not fit its processes or its memory."""
     if len(shapes) != size:
         needs = f"{args.ncnn} layers in modules of {args.block_size} need {len(shapes)} processes, not {size}"
         command = f"torchrun --standalone --nproc_per_node={len(shapes)} cifar_async.py"
         utils.fail(f"{needs}: start with `{command} ...`, or change --block_size")
     rings = argparse.Namespace(**{**vars(args), "sync": False})  # a queue of --sync holds as many batches
     buffers = [Received(rings, shape, "meta", None).buffer for shape in shapes[:-1]]
-    here = [*range(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))]  # ranks that use the same memory as rank 0
+    here = [*range(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))]  # ranks that share rank 0's memory
     if device.type == "cuda":
         here = [rank for rank in here if rank % torch.cuda.device_count() == 0]
     needed, free = sum(buffers[rank - 1].num_bytes() for rank in here), available_memory(device)
@@ -482,15 +502,15 @@ def check(args, shapes, size, device):
 
 
 def lead(argv, size):
-    """What rank 0 does before the others begin: every mistake of the user ends the job here."""
+    """What rank 0 does before the others begin. Every mistake of the user ends the job here."""
     args = parse_args(argv)
-    device = prepare(args, size)
-    data = utils.load_data(args, device, drop_last=True)
+    device = set_up_device(args, size)
+    data = cifar.load_data(args, device, drop_last=True)
     network = make_network(args, data.num_classes, args.block_size)
-    buffers = check(args, network.shapes, size, device)
+    buffers = plan_buffers(args, network.shapes, size, device)
     tested = copy.deepcopy(network).to(device, memory_format=torch.channels_last)
     members = [Member(tested, n) for n in range(size)]
-    run = utils.Run(args, data, fixed=["epochs"], model=tested, members=members)
+    run = Run(args, data, fixed=["epochs"], model=tested, members=members)
     if run.epoch == 0:
         run.log(f"slowdown: {args.slowdown:.3f} of layer {args.slow_layer}")
         stored = sum(buffer.num_bytes() for buffer in buffers)
@@ -504,16 +524,17 @@ def main(argv=None):
     store, rank, size = join()
     if rank == 0:
         args, device, data, network, tested, members, run = lead(argv, size)
-        meeting = {"num_classes": data.num_classes, "epoch_steps": len(data.train)}
+        meeting = {"arguments": vars(args), "num_classes": data.num_classes, "epoch_steps": len(data.train)}
     else:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # rank 0 says what there is to say
         if {"-h", "--help"} & {*(sys.argv if argv is None else argv)}:
             return
-        meeting = transport.ask(store, rank)  # until then, rank 0 has found no mistake in the flags
-        args = parse_args(argv)
-        device = prepare(args, size)
+        meeting = transport.ask(store, rank)  # answered when rank 0 has found no mistake in the flags
+        args = argparse.Namespace(**meeting["arguments"])  # rank 0's: only it may see the checkpoint to resume
+        device = set_up_device(args, size)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         network = make_network(args, meeting["num_classes"], args.block_size)
-    parts = utils.prepare(nn.ModuleList([network.blocks[rank], network.auxiliary_nets[rank]]), args, device)
+    parts = utils.to_device(nn.ModuleList([network.blocks[rank], network.auxiliary_nets[rank]]), args, device)
     team = transport.Team(store, rank, size, meeting)
     with team.guard():
         testing = threading.Event()
@@ -525,6 +546,7 @@ def main(argv=None):
         )
         if rank == 0:
             team.last_words = lambda: f"the last checkpoint: {run.last_checkpoint or 'none yet'}"
+            team.interruption = run.interruption
             start, *others = [transport.pack(member.start() if run.epoch else {}) for member in members]
             for other, packed in enumerate(others, start=1):
                 team.order(other, [packed])

@@ -1,71 +1,62 @@
 """Asynchronous DGL on CIFAR-10, simulated (Section 5.3, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
 
-Each layer writes its outputs into a ring buffer and reads its inputs from the buffer of the layer before it
-(Algorithm 2), so no layer waits for another. Here, in one process, a random layer at a time does one step; one of them
-may be drawn less often, as if it were slower. cifar_async.py does the same on really parallel processes; sweep.py runs
-grids of settings, BufferCurves.ipynb draws them.
+Each layer writes its outputs into a ring buffer, and reads its inputs from the buffer of the layer before it
+(Algorithm 2). So no layer waits for another. Here, everything runs in one process: a random layer at a time does one
+step. A slower layer is one that is drawn less often. cifar_async.py does the same on parallel processes. sweep.py runs
+grids of settings, and BufferCurves.ipynb draws them.
 
     python cifar_buffer.py --buffer 30 --noise 0.1 --layer_noise 3 --seed 0    # layer 3 (of 0 to 5) 1.11 times slower
     python cifar_buffer.py --seed 0                      # the layers take turns: synchronous DGL
-    python cifar_buffer.py --buffer 30 --seed 0 --quantize 8,256               # the buffers hold indices of codewords
+    python cifar_buffer.py --buffer 30 --seed 0 --quantize 8,256               # compressed buffers
     python cifar_buffer.py --buffer 30 --seed 0 --data digits                  # handwritten digits, no download
 
-Writes a log with a line a layer and epoch, and a checkpoint, with all buffers, to --resume from.
+Writes a log with a line a layer and epoch, and a checkpoint with all buffers to --resume from.
 """
 
-import argparse
 import math
+
+import utils
 
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-import utils
+import cifar
 from buffer import SAMPLINGS, Buffer, ProductQuantizer, available_memory, groups_and_codewords
 from models import add_network_flags, check_network_flags, make_network
 
-
-def share(text):
-    """An argparse type: a number of at least 0 and below 1."""
-    try:
-        if 0 <= float(text) < 1:
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to below 1")
-
-
-def positive(text):
-    """An argparse type: a positive number."""
-    try:
-        if 0 < float(text) < float("inf"):
-            return float(text)
-    except ValueError:
-        pass
-    raise argparse.ArgumentTypeError(f"{text!r} is not a positive number")
+share = utils.at_least(0, float, below=1)
 
 
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
+    cifar.add_data_flags(parser)
     add = parser.add_argument
-    add("--buffer", type=utils.at_least(0), default=0, help="M, batches in a buffer; 0: one, and layers take turns")
+    add(
+        "--buffer",
+        type=utils.at_least(0),
+        default=0,
+        help="M, batches in a buffer; 0: one, with layers taking turns",
+    )
     add("--noise", type=share, default=0.0, help="slow one layer down by 1 / (1 - noise)")
-    add("--layer_noise", type=utils.at_least(0), default=0, help="which, from 0")
+    add("--layer_noise", type=utils.at_least(0), default=0, help="which layer, from 0")
     add("--layer-sequence", choices=["random", "sequential"], default="random", help="sequential: layers take turns")
-    add("--buffer-sampling", choices=SAMPLINGS, default="priority_lifo", help="of the least used batches the newest")
-    add("--max-buffer-reuse", type=utils.at_least(1), help="a batch is trained on so often at most (default: no limit)")
+    add("--buffer-sampling", choices=SAMPLINGS, default="priority_lifo", help="priority_lifo: newest of the least used")
+    add("--max-buffer-reuse", type=utils.at_least(1), help="how often a batch is used at most (default: no limit)")
     add("--quantize", type=groups_and_codewords, metavar="G,V", help="store indices: G groups of channels, V codewords")
     add("--nepochs", "--epochs", dest="epochs", type=utils.at_least(1), default=50, help="epochs of each layer")
-    add("--lr", type=positive, default=0.1, help="learning rate")
+    add("--lr", type=utils.at_least(0, float, above=True), default=0.1, help="learning rate")
     add("--epochdecay", type=utils.at_least(1), default=15, help="epochs of a layer after which it is divided by 5")
     add("--batch_size", "--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     add("--ensemble", type=int, choices=[0, 1], default=1, help="test the ensembles of layers 0 to n too")
-    add("--seed", type=utils.at_least(0), required=True, help="of the weights, the data's order and the layers drawn")
+    add("--seed", type=utils.at_least(0), help="of the weights, the data's order and the layers drawn")
     add("-j", dest="workers", type=int, default=0, help="without effect: data needs no worker processes")
     add_network_flags(parser)
     args = parser.parse_args(argv)
     del args.workers
+    if args.seed is None:  # a resumed run has the checkpoint's
+        parser.error("--seed is required")
     check_network_flags(parser, args)
     if args.layer_noise >= args.ncnn:
         parser.error(f"--layer_noise {args.layer_noise}: the {args.ncnn} layers are 0 to {args.ncnn - 1}")
@@ -77,7 +68,7 @@ def parse_args(argv=None):
 
 
 def make_buffers(args, shapes, device):
-    """One behind each layer but the last; a run that would not fit in memory ends here."""
+    """A buffer after each layer but the last. A run that would not fit in memory ends here."""
     size, sampling = max(args.buffer, 1), (args.buffer_sampling, args.max_buffer_reuse, args.seed)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
 
@@ -98,7 +89,7 @@ def make_buffers(args, shapes, device):
 
 
 class Stream:
-    """Training batches without end, one pass behind the other; its state may be saved in the middle of a pass."""
+    """An endless stream of training batches, whose state can be saved in the middle of a pass."""
 
     def __init__(self, batches):
         self.batches, self.position = batches, len(batches)
@@ -113,7 +104,7 @@ class Stream:
         return {"start": self.start, "position": self.position}
 
     def load_state_dict(self, state):
-        """Draw the pass anew that was under way, and go to the same place in it."""
+        """Draw the current pass again, and skip the batches that have been used."""
         self.start, self.position = state["start"], state["position"]
         self.batches.generator.set_state(self.start)
         self.iterator = iter(self.batches)
@@ -122,16 +113,16 @@ class Stream:
 
 
 class Turns:
-    """The layers in the order of their turns: 0, 1, 2, ... again and again, or drawn at random with `weights`.
+    """Whose turn it is: layers 0, 1, 2, ... again and again, or layers drawn at random with `weights`.
 
-    Random draws begin with 0, 0, 1, 1, 2, 2, ..., which fills the buffers; `warm_up` repeats it.
+    Random draws start with 0, 0, 1, 1, 2, 2, ... to fill the buffers. `warm_up` repeats that.
     """
 
     BLOCK = 1000  # draws at a time
 
     def __init__(self, weights, sequential, seed):
         self.weights, self.sequential = torch.tensor(weights), sequential
-        # torch takes 32 bits of a seed, and --seed has 31: not the generator of the data's order
+        # --seed is below 2**31, so this generator differs from that of the data's order
         self.generator = torch.Generator().manual_seed(2**31 + seed)
         self.first, self.drawn = [], []
         self.warm_up()
@@ -159,18 +150,19 @@ class Turns:
 
 
 class Simulation:
-    """Asynchronous DGL (Algorithm 2) in one process, one layer's turn at a time.
+    """The network, and everything that trains it.
 
-    `steps` counts each layer's training steps; an epoch of a layer is as many as there are training batches.
+    `steps` counts the training steps of each layer. An epoch of a layer has as many steps as there are training
+    batches. A layer is `done` after its last epoch: then it only feeds the next one.
     """
 
     def __init__(self, args, model, batches, device):
         self.args, self.model, self.epoch_steps = args, model, len(batches)
         self.modules = [*zip(model.blocks, model.auxiliary_nets)]
-        self.optimizers = [self.new_optimizer(parts, 0) for parts in self.modules]
-        self.scalers = [utils.grad_scaler(args, device) for _ in self.modules]
+        self.optimizers = [cifar.sgd(parts, lr=args.lr, weight_decay=5e-4) for parts in self.modules]
+        self.scalers = [cifar.grad_scaler(args, device) for _ in self.modules]
         self.autocast = utils.autocast(args, device)
-        self.meters = [utils.Meter(device) for _ in self.modules]
+        self.meters = [cifar.Meter(device) for _ in self.modules]
         self.buffers = make_buffers(args, model.shapes, device)
         self.stream = Stream(batches)
         weights = [1 - args.noise if n == args.layer_noise else 1.0 for n in range(len(self.modules))]
@@ -178,45 +170,8 @@ class Simulation:
         self.steps = [0] * len(self.modules)
         self.train_top1 = [0.0] * len(self.modules)
 
-    def new_optimizer(self, parts, epochs_done):
-        """The learning rate is divided by 5 after every --epochdecay epochs of the layer; momentum starts anew."""
-        return utils.sgd(parts, self.args.lr / 5 ** (epochs_done // self.args.epochdecay), 5e-4)
-
-    def turn(self, n):
-        """Layer n trains on the batch it reads, and its output goes into its buffer; whether it has trained."""
-        last, done = n == len(self.modules) - 1, self.steps[n] == self.args.epochs * self.epoch_steps
-        if last and done:
-            return False
-        batch = self.buffers[n - 1].sample() if n else next(self.stream)
-        if batch is None:  # --max-buffer-reuse: the turn is skipped
-            return False
-        x, labels = batch
-        block, net = self.modules[n]
-        block.train(not done)
-        net.train(not done)
-        if done:  # it goes on to feed the next
-            with torch.no_grad(), self.autocast:
-                representation = block(x)
-        else:
-            with self.autocast:
-                logits, representation = self.model(x, n)
-                loss = F.cross_entropy(logits, labels)
-            self.optimizers[n].zero_grad()
-            self.scalers[n].scale(loss).backward()
-            self.scalers[n].step(self.optimizers[n])
-            self.scalers[n].update()
-            self.meters[n].update(loss, logits, labels)
-            self.steps[n] += 1
-        if not last:
-            self.buffers[n].put(representation.detach(), labels)
-        return not done
-
-    def end_epoch(self, n):
-        """Layer n has done another epoch: its learning rate may drop; then the buffers are filled anew."""
-        epochs_done = self.steps[n] // self.epoch_steps
-        if epochs_done < self.args.epochs and epochs_done % self.args.epochdecay == 0:
-            self.optimizers[n] = self.new_optimizer(self.modules[n], epochs_done)
-            self.turns.warm_up()
+    def done(self, n):
+        return self.steps[n] == self.args.epochs * self.epoch_steps
 
     def state_dict(self):
         return {"steps": self.steps, "train_top1": self.train_top1}
@@ -226,23 +181,71 @@ class Simulation:
 
 
 def train_epoch(simulation, epoch):
-    """Go on until every layer has done its epoch `epoch` (from 1); others may be ahead."""
-    goal, steps = epoch * simulation.epoch_steps, simulation.steps
+    """Asynchronous DGL (Algorithm 2), until every layer has done its epoch `epoch`, from 1. Others may be ahead."""
+    steps, buffers, goal = simulation.steps, simulation.buffers, epoch * simulation.epoch_steps
     with tqdm(total=sum(max(0, goal - done) for done in steps), disable=None, leave=False) as bar:
         while min(steps) < goal:
             n = next(simulation.turns)
-            if simulation.turn(n):
+            if n == len(buffers) and simulation.done(n):
+                continue
+            batch = next(simulation.stream) if n == 0 else buffers[n - 1].sample()
+            if batch is None:  # each has been used --max-buffer-reuse times: the layer skips its turn
+                continue
+            x, labels = batch
+            trains = not simulation.done(n)
+            representation = train_step(simulation, n, x, labels) if trains else feed_step(simulation, n, x)
+            if n < len(buffers):
+                buffers[n].put(representation, labels)
+            if trains:
                 bar.update(steps[n] <= goal)
                 if steps[n] % simulation.epoch_steps == 0:
-                    simulation.end_epoch(n)
+                    end_epoch(simulation, n)
+
+
+def train_step(simulation, n, x, labels):
+    """Update layer n and its auxiliary network on a batch. Returns the layer's output."""
+    block, auxiliary_net = simulation.modules[n]
+    optimizer, scaler = simulation.optimizers[n], simulation.scalers[n]
+    block.train()
+    auxiliary_net.train()
+    with simulation.autocast:
+        logits, representation = simulation.model(x, n)
+        loss = F.cross_entropy(logits, labels)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    simulation.meters[n].update(loss, logits, labels)
+    simulation.steps[n] += 1
+    return representation.detach()
+
+
+@torch.no_grad()
+def feed_step(simulation, n, x):
+    """The output of layer n, which is done, for the next layer to train on."""
+    block, _ = simulation.modules[n]
+    block.eval()
+    with simulation.autocast:
+        return block(x)
+
+
+def end_epoch(simulation, n):
+    """After every --epochdecay epochs of layer n: a 5 times smaller learning rate, momentum from zero, new buffers."""
+    args, epochs_done = simulation.args, simulation.steps[n] // simulation.epoch_steps
+    if not simulation.done(n) and epochs_done % args.epochdecay == 0:
+        optimizer = simulation.optimizers[n]
+        optimizer.param_groups[0]["lr"] = args.lr / 5 ** (epochs_done // args.epochdecay)
+        for state in optimizer.state.values():
+            state["momentum_buffer"].zero_()
+        simulation.turns.warm_up()
 
 
 @torch.no_grad()
 def evaluate(model, autocast, batches, quantizers=None):
     """Top-1 accuracy in % of every layer, and of every ensemble of layers 0 to n, in one pass over the batches.
 
-    An ensemble's logits are averaged with weights 2^i / sum. With quantizers, one behind each layer but the last, a
-    layer reads what it is trained on: the quantised output of the layer before.
+    An ensemble averages its layers' logits with weights 2^i / sum. With quantizers, one for each layer but the last, a
+    layer's input is what it was trained on: the quantised output of the layer before.
     """
     model.eval()
     correct = torch.zeros(2, len(model.blocks), device=batches.device)
@@ -260,7 +263,7 @@ def evaluate(model, autocast, batches, quantizers=None):
 
 
 def log_start(run, args, buffers):
-    """What the flags come to: the slowdown, and the memory of the buffers."""
+    """Log the slowdown, and how much memory the buffers take."""
     run.log(f"slowdown: {1 / (1 - args.noise):.3f} of layer {args.layer_noise}")
     stored, plain = (sum(sizes) for sizes in zip((0, 0), *((b.num_bytes(), b.uncompressed_bytes()) for b in buffers)))
     factor = f", {plain / stored:.2f} times fewer than uncompressed float32" if buffers else ""
@@ -270,8 +273,8 @@ def log_start(run, args, buffers):
 def main(argv=None):
     args = parse_args(argv)
     device = utils.setup(args)
-    data = utils.load_data(args, device, drop_last=True)
-    model = utils.prepare(make_network(args, data.num_classes), args, device)
+    data = cifar.load_data(args, device, drop_last=True)
+    model = utils.to_device(make_network(args, data.num_classes), args, device)
     simulation = Simulation(args, model, data.train, device)
     parts = {name: getattr(simulation, name) for name in ("optimizers", "scalers", "buffers", "stream", "turns")}
     run = utils.Run(args, data, fixed=["epochs"], model=model, simulation=simulation, **parts)
@@ -281,8 +284,9 @@ def main(argv=None):
         train_epoch(simulation, epoch)
         tested = evaluate(model, simulation.autocast, data.test)
         for n, (meter, top1, ensemble) in enumerate(zip(simulation.meters, *tested)):
-            if meter.count:  # else the layer was done before the last such line
-                _, simulation.train_top1[n] = run.read(meter, n, epoch)
+            if meter.count:  # otherwise the layer was done before the last such line
+                loss, simulation.train_top1[n] = meter.pop()
+                run.check_finite(loss, n, epoch)
             epochtrue, train = simulation.steps[n] // simulation.epoch_steps, simulation.train_top1[n]
             ensemble = f",ense {ensemble:.2f}" if args.ensemble else ""
             run.log(f"n: {n}, epoch {epoch},epochtrue {epochtrue}, train {train:.2f}, test {top1:.2f}{ensemble}")
@@ -290,7 +294,7 @@ def main(argv=None):
             quantizers = [buffer.quantizer for buffer in simulation.buffers]
             top1, _ = evaluate(model, simulation.autocast, data.test, quantizers)
             run.log(f"epoch {epoch}, test on quantised inputs: {', '.join(f'{percent:.2f}' for percent in top1)}")
-            errors = ", ".join(f"{quantizer.read_error():.4f}" for quantizer in quantizers)
+            errors = ", ".join(f"{quantizer.pop_error():.4f}" for quantizer in quantizers)
             run.log(f"epoch {epoch}, relative MSE of the quantised outputs: {errors}")
 
 

@@ -6,9 +6,11 @@ Shapes are (B, C, H, W); C is a layer's number of channels and s the side of its
 import argparse
 import json
 
+import utils
+
 from torch import nn
 
-import utils
+from cifar import SIDE
 
 DOWNSAMPLINGS = ["maxpool", "avgpool", "stride", "psi"]
 
@@ -23,7 +25,7 @@ def layer(in_channels, channels, downsample=None, bn=True):
     """[Downsampling and] a convolution: (B, in_channels, s, s) -> (B, channels, s [/ 2], s [/ 2])."""
     if downsample == "stride":
         return convolution(in_channels, channels, 2, bn)
-    if downsample == "psi":  # space to depth, as in i-RevNet (arXiv 1802.07088): nothing is lost
+    if downsample == "psi":  # space to depth, invertible, as in i-RevNet (arXiv 1802.07088)
         return [nn.PixelUnshuffle(2), *convolution(4 * in_channels, channels, bn=bn)]
     pool = {"maxpool": [nn.MaxPool2d(2)], "avgpool": [nn.AvgPool2d(2)], None: []}[downsample]
     return [*pool, *convolution(in_channels, channels, bn=bn)]
@@ -41,11 +43,11 @@ def mlp(channels, num_classes, num_hidden=3, bn=True):
 class BufferNet(nn.Module):
     """`ncnn` layers in modules of `block_size`, each with its own auxiliary network; the last one's is the classifier.
 
-    By default, the layers have 128, 128, 256, 256, 512, 512 channels at sides 32, 32, 16, 16, 8, 8: behind the layers
-    in `down`, counted from 0, the network downsamples by 2 (as `ds_type` says) and doubles its channels. An auxiliary
-    network is an `mlp` with `mlp_layers` hidden layers behind `nlin` 3x3 convolutions of `width_aux` channels, doubled
-    at each downsampling. `shapes` has (C, s, s) of each block's output. Layers left over at the end are a last,
-    smaller module.
+    By default, the layers have 128, 128, 256, 256, 512, 512 channels at sides 32, 32, 16, 16, 8, 8. After each layer in
+    `down`, counted from 0, the network downsamples by 2 (by `ds_type`) and doubles its channels. An auxiliary network
+    is `nlin` 3x3 convolutions of `width_aux` channels, doubled at each downsampling, and then an `mlp` with
+    `mlp_layers` hidden layers. `shapes` holds (C, s, s) of each block's output. Layers left over at the end form a
+    smaller last module.
     """
 
     def __init__(
@@ -60,7 +62,7 @@ class BufferNet(nn.Module):
         nlin=0,
         width_aux=256,
         block_size=1,
-        side=utils.SIDE,
+        side=SIDE,
     ):
         super().__init__()
         self.blocks, self.auxiliary_nets, self.shapes = nn.ModuleList(), nn.ModuleList(), []
@@ -81,7 +83,7 @@ class BufferNet(nn.Module):
                 self.auxiliary_nets.append(nn.Sequential(*net, *mlp(width, num_classes, mlp_layers, bn)))
 
     def forward(self, x, n, upto=False):
-        """Module n on its input x, or with `upto` on the images x: first blocks 0 to n-1, then module n.
+        """Module n on its input x. With `upto`, x is images: blocks 0 to n-1 come first.
 
         Returns:
             (logits of auxiliary net n (B, num_classes), output of block n (B, C, s, s)).
@@ -111,7 +113,7 @@ def add_network_flags(parser):
     add = parser.add_argument_group("the network").add_argument
     add("--ncnn", type=utils.at_least(1), default=6, help="layers")
     add("--feature_size", type=utils.at_least(1), default=128, help="channels of the first layer")
-    add("--down", type=list_of_layers, default="[1,3]", help="layers behind which sides halve and channels double")
+    add("--down", type=list_of_layers, default="[1,3]", help="layers after which sides halve and channels double")
     add("--ds-type", choices=DOWNSAMPLINGS, default="maxpool", help="how: pooling, stride 2, or space to depth (psi)")
     add("--mlp", type=utils.at_least(0), default=3, help="hidden layers of an auxiliary network")
     add("--nlin", type=utils.at_least(0), default=0, help="3x3 convolutions before them")
@@ -120,12 +122,12 @@ def add_network_flags(parser):
 
 
 def check_network_flags(parser, args):
-    """One line and exit status 2 for a network that cannot be."""
+    """Refuse a network that is impossible: one line, exit status 2."""
     if args.down and args.down[-1] > args.ncnn - 2:
-        last = f"the last with one behind it is {args.ncnn - 2}" if args.ncnn > 1 else "use --down '[]'"
-        parser.error(f"--down {args.down}: there is no layer behind layer {args.down[-1]} of {args.ncnn}; {last}")
-    if utils.SIDE >> len(args.down) < 1:
-        parser.error(f"--down {args.down} halves {utils.SIDE} pixels {len(args.down)} times; at most 5 are possible")
+        last = f"the last one possible is {args.ncnn - 2}" if args.ncnn > 1 else "use --down '[]'"
+        parser.error(f"--down {args.down}: no layer follows layer {args.down[-1]} of {args.ncnn}; {last}")
+    if SIDE >> len(args.down) < 1:
+        parser.error(f"--down {args.down} halves {SIDE} pixels {len(args.down)} times; at most 5 are possible")
 
 
 def make_network(args, num_classes, block_size=1):

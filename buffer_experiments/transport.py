@@ -1,12 +1,12 @@
-"""What the processes of one training job say to each other: batches from each rank to the next, and news to rank 0.
+"""Messages between the processes of a training job: batches from each rank to the next, and news to rank 0.
 
-TCP sockets, found through torchrun's store, one for each direction of talk: a thread that blocks on a socket disturbs
-no other, and when a process dies, the operating system closes its sockets at once, so that its neighbours know who it
-was. Rank 0 decides when the job ends, and says why: the other processes tell it what they see and obey. Not encrypted,
-as all of torch.distributed; only processes that know the job's token, from the store, are let in.
+They go over TCP sockets, which the processes find through torchrun's store. Each pair of processes that talk has a
+socket of its own, so a thread that blocks on one disturbs no other. When a process dies, the operating system closes
+its sockets at once, and its neighbours know who died. Rank 0 decides when the job ends, and says why: the other
+processes report to it and obey. Nothing is encrypted, as everywhere in torch.distributed. Only processes that know the
+job's token, which is in the store, are let in.
 
-A message is JSON and tensors, sent as the bytes that they are in memory; nothing is unpickled but by torch.load with
-weights_only=True.
+A message is JSON and the raw bytes of tensors. Only torch.load with weights_only=True unpickles anything.
 """
 
 import contextlib
@@ -26,22 +26,22 @@ import traceback
 import torch
 
 LENGTH = struct.Struct("!I")
-PATIENCE = 300  # seconds in which all processes must have connected
-REASONS = 1  # second in which rank 0 waits for the reason of a failure, after its first consequence
-EXPLAINED, DIED, LOST = 2, 1, 0  # how good an explanation of the end is: the process's own, its silence, a neighbour's
+PATIENCE = 300  # seconds that all processes have to connect
+REASONS = 1  # second that rank 0 waits for the cause of a failure, after its first effect
+EXPLAINED, DIED, LOST = 2, 1, 0  # how good a reason is: the process's own, its silence, or a neighbour's
 
 # Messages
 
 
 def memory(tensor):
-    """The bytes of a dense CPU tensor, in the order in which they lie in memory."""
+    """The bytes of a dense CPU tensor, in memory order."""
     return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
 
 
 def send(connection, content, tensors=()):
-    """Send JSON-compatible content and tensors of any device; the number of bytes sent."""
+    """Send JSON-compatible content, and tensors on any device. Returns the number of bytes sent."""
     dense = [t if t.is_contiguous(memory_format=torch.channels_last) else t.contiguous() for t in tensors]
-    dense = [t.detach().cpu() for t in dense]  # strides are kept: the receiver computes the same, to the bit
+    dense = [t.detach().cpu() for t in dense]  # keeps strides, so that the receiver's results are the same to the bit
     kinds = [(str(t.dtype).removeprefix("torch."), t.shape, t.stride()) for t in dense]
     header = json.dumps([content, kinds]).encode()
     connection.sendall(LENGTH.pack(len(header)) + header)
@@ -51,7 +51,7 @@ def send(connection, content, tensors=()):
 
 
 def receive(connection):
-    """(content, tensors) of the next message; an OSError if the other process has gone."""
+    """(content, tensors) of the next message. Raises an OSError if the other process has gone."""
     header = bytearray(LENGTH.unpack(receive_into(connection, bytearray(LENGTH.size)))[0])
     content, kinds = json.loads(receive_into(connection, header))
     tensors = [torch.empty_strided(shape, stride, dtype=getattr(torch, dtype)) for dtype, shape, stride in kinds]
@@ -86,17 +86,19 @@ def unpack(packed):
 
 
 def ask(store, rank):
-    """What rank 0 calls its `meeting`: how to find it, and what it adds for all. The store may hold old questions and
-    answers, of an attempt before this one."""
+    """Rank 0's `meeting`: how to find it, and what it has to tell everybody.
+
+    The store may still hold questions and answers of an earlier attempt.
+    """
     question = secrets.token_hex(16)
     store.set(f"question {rank}", question)
-    while not store.check([f"answer {question}"]):  # for as long as rank 0's download takes
+    while not store.check([f"answer {question}"]):  # rank 0 may be downloading the data
         time.sleep(0.1)
     return json.loads(store.get(f"answer {question}"))
 
 
 def answer(store, ranks, answered, meeting):
-    """Answer the questions of these ranks that have not been answered yet."""
+    """Answer these ranks' questions, if they are not in `answered`."""
     for rank in ranks:
         if store.check([f"question {rank}"]) and (question := store.get(f"question {rank}").decode()) not in answered:
             answered.add(question)
@@ -104,16 +106,16 @@ def answer(store, ranks, answered, meeting):
 
 
 def own_host():
-    """This machine's address in the network in which torchrun's nodes reach each other."""
+    """This machine's address in the network that connects torchrun's nodes."""
     master = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
     family, kind, _, _, address = socket.getaddrinfo(*master, socket.AF_INET, socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
-        probe.connect(address)  # sends nothing, but chooses the interface
+        probe.connect(address)  # sends nothing, only chooses the interface
         return probe.getsockname()[0]
 
 
 def call(meeting, rank, address):
-    """A connection to the process at the meeting's address, which is told this one's rank and address."""
+    """Connect to the process at the meeting's address, and tell it this one's rank and address."""
     connection = keep_alive(socket.create_connection(tuple(meeting["address"]), PATIENCE))
     connection.sendall(meeting["token"].encode())
     send(connection, [rank, address])
@@ -124,21 +126,23 @@ class Team:
     """This process's connections to the previous and the next rank, and to rank 0 (on rank 0: to all others).
 
     Attributes:
-        news: on rank 0, a queue of (rank, content, tensors) from `report`, of all ranks in the order of arrival.
-        over: is set when rank 0 has called `finish`; then nothing that happens is a failure any more.
-        previous, next: connections to the ranks before and behind this one, or None.
-        last_words: on rank 0, a function that returns what is added to the message about a failure.
+        news: on rank 0, a queue of (rank, content, tensors) from all ranks' `report`, in order of arrival.
+        over: set once rank 0 has called `finish`. From then on, nothing counts as a failure.
+        previous, next: connections to the ranks before and after this one, or None.
+        last_words: on rank 0, a function that returns what to add to the message about a failure.
+        interruption: on rank 0, a function that returns the message about Ctrl-C.
     """
 
     def __init__(self, store, rank, size, meeting):
         self.rank, self.size, self.threads = rank, size, []
         self.news, self.orders, self.over = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
         self.lock, self.ending, self.reasons, self.last_words = threading.Lock(), threading.Lock(), [], str
+        self.interruption = lambda: "Interrupted before this run finished an epoch."
         self.staff = {}  # rank -> connection for news and orders: on rank 0 to all others, on these to rank 0
         self.previous = self.next = None
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         if size > 1:
             self.connect(store, meeting)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
     def connect(self, store, meeting):
         with socket.create_server((own_host(), 0), backlog=self.size) as server:
@@ -152,7 +156,7 @@ class Team:
                 self.staff[0] = call(meeting, self.rank, address)
                 following, _ = receive(self.staff[0])
             signal.signal(signal.SIGTERM, self.terminated)
-            for other in self.staff:  # from now on: rank 0 may train, and fail, before this rank is where it is
+            for other in self.staff:  # now, because rank 0 may train and fail before this rank gets there
                 self.thread(self.listen, other)
             if following:
                 self.next = call({**meeting, "address": following[0]}, self.rank, address)
@@ -161,7 +165,7 @@ class Team:
                 self.previous = self.accept(server, meeting)[0]
 
     def gather(self, store, server, meeting):
-        """On rank 0: let all others find this process; their addresses, by rank."""
+        """On rank 0: wait until all others have connected. Returns their addresses, by rank."""
         meeting.update(address=server.getsockname(), token=secrets.token_hex(16))
         addresses, answered, patience = [None] * self.size, set(), time.monotonic() + PATIENCE
         server.settimeout(0.1)
@@ -175,10 +179,10 @@ class Team:
         return addresses
 
     def accept(self, server, meeting):
-        """(connection, rank, address) of a process that knows the token."""
+        """(connection, rank, address) of the next process that knows the token."""
         while True:
             connection = server.accept()[0]
-            with contextlib.suppress(OSError):  # a stranger that goes again
+            with contextlib.suppress(OSError):  # a stranger that has gone again
                 connection.settimeout(PATIENCE)
                 token = receive_into(connection, bytearray(len(meeting["token"])))
                 if secrets.compare_digest(bytes(token), meeting["token"].encode()):
@@ -187,7 +191,7 @@ class Team:
             connection.close()
 
     def thread(self, function, *arguments, peer=None):
-        """Start a thread of the job; an OSError in it is put down to the peer that it talks to."""
+        """Start a thread. An OSError in it is blamed on the peer that it talks to."""
 
         def guarded():
             with self.guard(peer):
@@ -201,18 +205,18 @@ class Team:
             send(self.staff[other], content, tensors)
 
     def report(self, content, tensors=()):
-        """Give rank 0 news."""
+        """Send rank 0 news."""
         if self.rank:
             self.tell(0, {"news": content}, tensors)
         else:
             self.news.put((0, content, tensors))
 
     def order(self, other, tensors):
-        """From rank 0: what `other` gets from its `orders`."""
+        """On rank 0: put tensors into the `orders` of `other`."""
         self.tell(other, {"order": True}, tensors)
 
     def listen(self, other):
-        """The thread for what `other` says."""
+        """The thread that handles what `other` sends."""
         while True:
             try:
                 content, tensors = receive(self.staff[other])
@@ -235,25 +239,25 @@ class Team:
                 os._exit(1)
 
     def finish(self):
-        """From rank 0: the job is done."""
+        """On rank 0: tell everybody that the job is done."""
         with self.ending:
             self.over.set()
         for other in self.staff:
             self.tell(other, {"finish": True})
 
     def close(self):
-        """When the job is over: leave no thread behind. Rank 0 waits until all others have left."""
+        """Call when the job is over: ends all threads. Rank 0 waits until all others have left."""
         for connection in filter(None, (self.previous, self.next, *(self.staff.values() if self.rank else ()))):
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
         for thread in self.threads:
             thread.join(PATIENCE)
 
-    # The end by a failure
+    # Failures
 
     @contextlib.contextmanager
     def guard(self, peer=None):
-        """What goes wrong inside ends the job."""
+        """Whatever goes wrong inside ends the job."""
         try:
             yield
         except KeyboardInterrupt:
@@ -269,7 +273,7 @@ class Team:
             os._exit(1)
 
     def end(self, reason, quality=EXPLAINED):
-        """The job has to end. Rank 0 waits a moment: there may be a better reason than the first that comes."""
+        """End the job. Rank 0 waits a moment first: a better reason than the first one may arrive."""
         if self.over.is_set():
             return
         if self.rank:
@@ -284,32 +288,32 @@ class Team:
         with self.ending:
             if not self.over.is_set():
                 best = max(quality for quality, _ in self.reasons)
-                reasons = dict.fromkeys(reason for quality, reason in self.reasons if quality == best)
-                complain("; ".join([*reasons, *filter(None, [self.last_words()])]))
+                reasons = "; ".join(dict.fromkeys(reason for quality, reason in self.reasons if quality == best))
+                words = self.last_words()
+                complain(reasons if words in reasons else f"{reasons}; {words}")
                 self.dismiss()
                 os._exit(1)
 
     def interrupted(self):
-        """Ctrl-C: rank 0 prints its line about it; the exit status is that of the signal."""
+        """Ctrl-C: rank 0 prints a line about it. The exit status is that of the signal."""
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if self.rank:
             self.end(f"Rank {self.rank} was interrupted")
         else:
-            self.ending.acquire()  # for good: no other message any more
-            sys.excepthook(KeyboardInterrupt, KeyboardInterrupt(), None)
+            self.ending.acquire()  # for good, so that no other message follows
+            complain(f"\n{self.interruption()}")
             self.dismiss()
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.kill(os.getpid(), signal.SIGINT)
 
     def terminated(self, *_):
-        """SIGTERM: if torchrun sends it because a process has failed, rank 0 says so meanwhile, and ends this one."""
+        """SIGTERM: torchrun sends it when a process has failed. Rank 0 says so meanwhile, and ends this process."""
         timer = threading.Timer(5 * REASONS, os.kill, (os.getpid(), signal.SIGINT))
         timer.daemon = True
         timer.start()
 
     def dismiss(self):
-        """Rank 0 ends all other processes, whatever their main threads are doing."""
-        sys.stdout.flush()
+        """On rank 0: end all other processes, whatever their main threads are doing."""
         self.lock.acquire(timeout=REASONS)
         for connection in self.staff.values():
             with contextlib.suppress(OSError):
@@ -318,12 +322,12 @@ class Team:
 
 
 def complain(line):
-    """Write a line to stderr as a whole: other processes write there too, and torchrun's are unbuffered."""
+    """Write a line to stderr in one piece, because other processes write there too."""
     print(f"{line}\n", end="", file=sys.stderr, flush=True)
 
 
 def keep_alive(connection):
-    """The connection, set up to notice a machine that is switched off: it is asked after 10 seconds of silence."""
+    """Let the connection notice a machine that is switched off, by probing it after 10 seconds of silence."""
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -334,10 +338,10 @@ def keep_alive(connection):
 
 
 class Outbox:
-    """A thread that sends messages to the next rank. `put` never waits: it replaces a message that is still waiting.
+    """A thread that sends messages to the next rank. `put` never waits: it replaces a message that has not left yet.
 
-    With a `window`, `put` waits instead: no message is lost, and at most so many are on their way that the next rank
-    has not acknowledged with a byte. `sent`, `dropped`: numbers of messages; `bytes`: sent.
+    With a `window`, `put` waits instead, and no message is lost. At most `window` messages are under way that the next
+    rank has not acknowledged with a byte. `sent` and `dropped` count messages; `bytes` counts what was sent.
     """
 
     def __init__(self, team, window=0):
