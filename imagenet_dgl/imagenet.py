@@ -15,6 +15,7 @@ Writes a log with a line an epoch, and a checkpoint to --resume from.
 
 import utils
 
+import runs
 import torch
 import torch.nn.functional as F
 
@@ -74,15 +75,15 @@ def main(argv=None):
     model = training.to_device(make_model(args, images.num_classes), args, device)
     autocast = utils.autocast(args, device)
     if args.evaluate:
-        training.load_network(model, args, images)
+        runs.load_network(model, args, images)
         print("test top1:{:.3f} (top5:{:.3f})".format(*evaluate(model, autocast, images.test)))
-        for text in training.skipped(images):
+        for text in runs.skipped(images):
             print(text)
         return ranks.end()
     parallel = ranks.data_parallel(model)
     meter = training.Meter(device)
     (optimizer,), (scaler,) = training.make_optimizers([model], args, device, args.start_epoch)
-    run = training.Run(args, images, model=model, optimizer=optimizer, scaler=scaler)
+    run = runs.Run(args, images, model=model, optimizer=optimizer, scaler=scaler)
     for epoch in run.epochs(args.epochs):
         if epoch % args.epochdecay == 0:  # with the new learning rate, momentum and loss scale start again
             (optimizer,), (scaler,) = training.make_optimizers([model], args, device, epoch)

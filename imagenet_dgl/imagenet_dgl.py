@@ -27,6 +27,7 @@ import time
 
 import utils
 
+import runs
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -179,17 +180,17 @@ def main(argv=None):
     modules = make_modules(model, args, device, pipeline)
     autocast = utils.autocast(args, device)
     if args.evaluate:
-        training.load_network(model, args, images)
+        runs.load_network(model, args, images)
         for n, tested in enumerate(evaluate(modules, autocast, images.test, pipeline)):
             print(f"n: {n}, {tested_text(args, *tested)}")
-        for text in training.skipped(images):
+        for text in runs.skipped(images):
             print(text)
         return ranks.end()
     group, (share, shares) = pipeline and pipeline.group, ranks.share(pipeline)
     parallel = [ranks.data_parallel(module, group) for module in modules]
     meters = [training.Meter(device) for _ in model.blocks]  # of all modules, for the log
     optimizers, scalers = training.make_optimizers(modules, args, device, args.start_epoch)
-    run = training.Run(args, images, pipeline, model=model, optimizers=optimizers, scalers=scalers)
+    run = runs.Run(args, images, pipeline, model=model, optimizers=optimizers, scalers=scalers)
     for epoch in run.epochs(args.epochs):
         if epoch % args.epochdecay == 0:  # with the new learning rate, momentum and loss scale start again
             optimizers, scalers = training.make_optimizers(modules, args, device, epoch)

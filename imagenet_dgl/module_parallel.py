@@ -124,10 +124,14 @@ class ModuleParallel:
             if kind not in self.sent_layouts and num_batches:  # not one batch
                 self.announce((False, []))
             for _ in range(num_batches - self.sent):
-                self.post(0, self.sending[-1][1][1:] if self.sending else [])
+                self.post(0, self.sending[-1][1][1:] if self.sending else self.empty_message(kind))
         while self.sending:
             self.wait(self.sending.popleft()[0], "send")
         self.sent = 0
+
+    def empty_message(self, kind):
+        layout = self.sent_layouts.get(kind, (False, []))
+        return [torch.empty(self.batch_size, *shape, dtype=dtype, device=self.device) for shape, dtype in wire(*layout)]
 
     # From the previous module
 
@@ -157,12 +161,11 @@ class ModuleParallel:
     def post_receive(self, slot, channels_last, shapes):
         """Start to receive a message into the buffers of a slot."""
         tensors = [torch.empty(1, dtype=torch.long)]
-        for tag, (shape, dtype) in enumerate(shapes):
-            if channels_last and tag == 0:
-                shape = *shape[1:], shape[0]
-            if (tag, shape, dtype) not in slot:
-                slot[tag, shape, dtype] = torch.empty(self.batch_size, *shape, dtype=dtype, device=self.device)
-            tensors.append(slot[tag, shape, dtype])
+        for key in enumerate(wire(channels_last, shapes)):
+            if key not in slot:
+                _, (shape, dtype) = key
+                slot[key] = torch.empty(self.batch_size, *shape, dtype=dtype, device=self.device)
+            tensors.append(slot[key])
         return [dist.irecv(tensor, self.previous, tag=tag) for tag, tensor in enumerate(tensors)], tensors
 
     def wait(self, works, what):
@@ -201,3 +204,11 @@ class ModuleParallel:
             dist.recv_object_list(packed, n * self.replicas, device=CPU)
             states.append(torch.load(io.BytesIO(packed[0]), map_location=CPU, weights_only=True))
         return states
+
+
+def wire(channels_last, shapes):
+    """The (shape, dtype) of a message's tensors as they travel: a first one in channels_last as (H, W, C)."""
+    if not channels_last:
+        return shapes
+    (shape, dtype), *others = shapes
+    return [((*shape[1:], shape[0]), dtype), *others]

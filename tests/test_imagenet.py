@@ -1,5 +1,8 @@
 """imagenet_dgl: both scripts with small networks on small images, their data, ranks, log and checkpoints."""
 
+import contextlib
+import ctypes
+import errno
 import itertools
 import multiprocessing
 import os
@@ -7,26 +10,30 @@ import re
 import shlex
 import shutil
 import signal
-import socket
 import subprocess
 import sys
+import time
 import types
 import weakref
 
+import conftest
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, load, run
+from conftest import ROOT, assert_same, checkpoint_of, forked, load, run, torchrun
+from forked_ranks import fork_ranks, run_ranks
 from PIL import Image
+from sklearn.datasets import load_digits
 from torch import nn
 
 dgl = load("imagenet_dgl", "imagenet_dgl")
 imagenet = load("imagenet_dgl", "imagenet")
-data, ranks, training, models = (sys.modules[name] for name in ("data", "ranks", "training", "models"))
+data, ranks, runs, training, models = (sys.modules[name] for name in ("data", "ranks", "runs", "training", "models"))
 utils = training.utils
 
 SCRIPTS = {"dgl": "imagenet_dgl/imagenet_dgl.py", "backprop": "imagenet_dgl/imagenet.py"}
-SMALL = ["-j", 0, "-b", 6, "--image-size", 32, "--nepochs", 3, "--epochdecay", 2, "--lr", 0.01, "--threads", 1]
+NETWORK = ["-j", 0, "--image-size", 32, "--threads", 1, "--arch", "squeezenet1_1"]  # has dropout
+SMALL = [*NETWORK, "-b", 6, "--nepochs", 3, "--epochdecay", 2, "--lr", 0.01]
 NUMBER = r"(\d+\.\d{3})"
 TESTED = rf"test top1:{NUMBER} \(top5:{NUMBER}\)"
 TRAINED = rf"train top1:{NUMBER}\(top5:{NUMBER}\)"
@@ -61,22 +68,19 @@ def call(script, *flags, cwd):
 
 def refused(script, *flags, cwd):
     """The one line on stderr with which the script refuses the flags."""
-    status, _, err = run(SCRIPTS[script], *flags, cwd=cwd)
-    assert status == 2, err
-    assert err.count("\n") == 1
-    assert "error: " in err
-    return err
+    result = run(SCRIPTS[script], *flags, cwd=cwd)
+    conftest.refused(result)
+    return result[2]
 
 
 def log_of(folder):
     """The lines of the one log in a folder, but for its arguments."""
-    (log,) = folder.glob("*.log")
-    return log.read_text().splitlines()[1:]
+    return conftest.log_of(folder)[1:]
 
 
-def checkpoint_of(folder, name="imagenet*.pt"):
-    (checkpoint,) = (path for path in folder.glob(name) if "best" in name or "best" not in path.name)
-    return torch.load(checkpoint, weights_only=True)
+def best_of(folder):
+    (path,) = folder.glob("*_best.pt")
+    return path
 
 
 def flat(state):
@@ -85,13 +89,6 @@ def flat(state):
         return {(): state}
     items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list) else ()
     return {(key, *path): tensor for key, value in items for path, tensor in flat(value).items()}
-
-
-def assert_same_run(folder, other):
-    assert log_of(folder) == log_of(other)
-    a, b = (flat(checkpoint_of(f)["parts"]) for f in (folder, other))
-    assert a.keys() == b.keys()
-    assert all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.fixture(scope="module")
@@ -182,15 +179,15 @@ def test_mistakes(script, tree, tmp_path):
         ([*small, "--arch", "resnet19"], "resnet18"),
         ([*small, "--start_epoch", 3], "0 to 2"),
         ([*small, "--evaluate"], "--resume"),
-        ([*small, "--evaluate", "--resume", "auto"], "to evaluate"),
-        ([*small, "--resume", "missing.pt"], "no checkpoint missing.pt"),
+        ([*small, "--evaluate", "--resume", "auto"], "there is no imagenet_dgl-"),
+        ([*small, "--resume", "missing.pt"], "no checkpoint 'missing.pt'"),
         ([*small, "--static-loss-scale", 2], "--half"),
         ([*small, "--half", "--precision", "bf16"], "--precision bf16"),
         ([*small, "--lr", "nan"], "--lr"),
         ([*small, "--apex"], "the package called apex on the package index is something else"),
         ([*small, "--name", "a/b"], "--save_folder"),
         ([*small, "--name", "a_best"], "best checkpoints"),
-        ([*small, "--name", "best"], "best checkpoints"),
+        ([*small, "--sync-bn", "--no-cuda"], "--sync-bn needs GPUs"),
         ([*small, "--arch", "alexnet"], "alexnet: AlexNet fails on 32-pixel images"),
         (
             ["--flops", "--image-size", 32, "--arch", "inception_v3"],
@@ -198,7 +195,6 @@ def test_mistakes(script, tree, tmp_path):
         ),
     ]:
         assert part in refused(script, *flags, cwd=tmp_path)
-    assert not run(SCRIPTS[script], *small, "--evaluate", "--resume", "auto", cwd=tmp_path)[1]
     assert not [*tmp_path.iterdir()]
 
 
@@ -212,9 +208,13 @@ def test_the_flag_for_cutting_belongs_to_the_network(tree, tmp_path):
 
 
 def test_folders_that_do_not_fit(tree, tmp_path):
-    copy_tree(tree, tmp_path / "tree")
-    (tmp_path / "tree/val/class1").rename(tmp_path / "tree/val/other")
-    assert "['class1', 'other']" in refused("dgl", tmp_path / "tree", *SMALL, cwd=tmp_path)
+    copy = copy_tree(tree, tmp_path / "tree")
+    (copy / "val/class1").rename(copy / "val/other")
+    assert "['class1', 'other']" in refused("dgl", copy, *SMALL, cwd=tmp_path)
+    shutil.rmtree(copy / "val/other")
+    assert "val has images of 1 class; at least two are needed" in refused("dgl", copy, *SMALL, cwd=tmp_path)
+    (copy / "val/class1").symlink_to(tmp_path / "unmounted")
+    assert "val/class1 is a link to nowhere" in refused("dgl", copy, *SMALL, cwd=tmp_path)
 
 
 # Input
@@ -230,6 +230,43 @@ def copy_tree(tree, target):
 
 def load_data(tree, *flags):
     return data.load_data(arguments("dgl", tree, *SMALL, *flags), torch.device("cpu"))
+
+
+def test_hidden_files_and_folders_are_no_images(tree, tmp_path):
+    copy = copy_tree(tree, tmp_path / "tree")
+    for place in (".ipynb_checkpoints", "class0/.ipynb_checkpoints", "class0"):
+        folder = copy / "train" / place
+        folder.mkdir(exist_ok=True)
+        (folder / ".hidden.jpg").write_bytes(b"")
+        (folder / ("visible.jpg" if ".ipynb" in place else ".other.jpg")).write_bytes(b"")
+    assert load_data(copy).description == load_data(tree).description
+
+
+def test_a_link_to_nowhere_is_an_image_that_cannot_be_read(tree, tmp_path):
+    (copy_tree(tree, tmp_path / "tree") / "train/class0/x.jpg").symlink_to(tmp_path / "annex")
+    message = refused("backprop", tmp_path / "tree", *SMALL, cwd=tmp_path)
+    assert f"cannot read the image {tmp_path}/tree/train/class0/x.jpg: a link to nowhere" in message
+
+
+@pytest.mark.parametrize("name", ["grey16.png", "float.tif"])
+def test_images_of_more_than_8_bits_are_not_read(name, tree, tmp_path):
+    path = copy_tree(tree, tmp_path / "tree") / "val/class1" / name
+    pixels = torch.arange(40 * 40).reshape(40, 40) * 20
+    Image.fromarray(pixels.numpy().astype("uint16") if name.endswith("png") else pixels.float().numpy()).save(path)
+    with pytest.raises(ValueError, match="more than 8 bits"):
+        data.ImageTree.load(path)
+    images = load_data(tmp_path / "tree", "--skip-corrupt")
+    assert sum(len(labels) for _, labels in images.test) == 5
+    assert images.test.skipped == 1
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
+def test_8_bit_images_become_rgb(mode, tmp_path):
+    path = tmp_path / f"x.{'tif' if mode == 'CMYK' else 'png'}"
+    Image.new("RGB", (4, 4), "white").convert(mode).save(path)
+    image = data.ImageTree.load(path)
+    assert image.mode == "RGB"
+    assert image.getpixel((0, 0)) == (255, 255, 255)
 
 
 def test_batches(tree):
@@ -338,6 +375,59 @@ def test_skip_corrupt(tree, tmp_path):
     assert err.endswith("error: no validation image can be read\n")
 
 
+def test_shared_memory_is_found_too_small_before_training(tree, tmp_path, monkeypatch):
+    batch = 6 * 3 * 32 * 32  # bytes; two that each worker prepares, and the one that is trained on
+    monkeypatch.setattr(data, "free_shared_memory", lambda: 3 * batch)
+    load_data(tree, "-j", 1)
+    load_data(tree, "-j", 0)
+    message = refused("dgl", tree, *SMALL, "-j", 2, cwd=tmp_path)
+    assert "use -j 1, or a smaller -b, or enlarge it (docker run --shm-size" in message
+    monkeypatch.setattr(data, "free_shared_memory", lambda: 3 * batch - 1)
+    assert "use -j 0," in refused("dgl", tree, *SMALL, "-j", 1, cwd=tmp_path)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")  # ranks on one machine share it
+    monkeypatch.setattr(data, "free_shared_memory", lambda: 4 * batch - 1)
+    monkeypatch.setattr(ranks, "COUNT", 2)
+    load_data(tree, "-j", 1, "-b", 12)  # one batch in a pass, half of it here
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        load_data(tree, "-j", 1, "-b", 12)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small /dev/shm")
+def test_a_full_shared_memory_ends_in_one_line(tree, tmp_path):
+    """What a process beside this one has taken is not known before training."""
+
+    def train():
+        if ctypes.CDLL(None).unshare(0x00020000):  # CLONE_NEWNS: nobody else sees the mounts
+            os._exit(77)
+        for command in (["--make-rprivate", "/"], ["-t", "tmpfs", "-o", "size=64k", "tmpfs", "/dev/shm"]):
+            if subprocess.run(["mount", *command], capture_output=True).returncode:
+                os._exit(77)
+        data.free_shared_memory = lambda: None
+        with contextlib.redirect_stdout(None):
+            imagenet.main([*map(str, [tree, *SMALL, "-j", 1, "--save_folder", tmp_path, "--image-size", 128])])
+
+    begin = time.monotonic()
+    status = forked(train, errors=tmp_path / "errors")
+    if status == 77:
+        pytest.skip("mounting is not permitted")
+    assert status == 1
+    assert time.monotonic() - begin < 60
+    (message,) = (tmp_path / "errors").read_text().splitlines()
+    assert message.startswith("A process that loads images has failed: ")
+    assert "No space left on device" in message
+    assert "fewer workers, -j" in message
+
+
+def test_a_worker_that_dies_ends_the_run_in_one_line(tree, tmp_path, monkeypatch):
+    """As of a bus error, or for want of memory."""
+    monkeypatch.setattr(data.Images, "__getitem__", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    status, _, err = run(SCRIPTS["dgl"], tree, *SMALL, "-j", 1, cwd=tmp_path)
+    assert status == 1
+    assert err.count("\n") == 1
+    assert "A process that loads images has failed: DataLoader worker (pid" in err
+
+
 def test_a_batch_keeps_its_size_when_an_image_cannot_be_read():
     good = [(torch.full((3, 2, 2), i, dtype=torch.uint8), i) for i in range(2)]
     images, labels, bad = data.fill_up([good[0], (None, "x.jpg: no"), good[1], (None, "y.jpg: no")])
@@ -365,12 +455,11 @@ def test_dummy_and_debug(tmp_path, monkeypatch):
 class Training:
     """What imagenet_dgl.py's main makes, for a given network."""
 
-    def __init__(self, model, *flags, optimizers=True):
+    def __init__(self, model, *flags):
         self.args, device = arguments("dgl", "--dummy", *flags), torch.device("cpu")
         self.model = model
-        self.modules = [dgl.Module(*parts) for parts in zip(model.blocks, model.auxiliary_nets)]
-        self.optimizers = [training.sgd(module, self.args, device, 0) for module in self.modules]
-        self.scalers = [training.grad_scaler(self.args, device) for _ in self.modules]
+        self.modules = [dgl.Module(*parts, n) for n, parts in enumerate(zip(model.blocks, model.auxiliary_nets))]
+        self.optimizers, self.scalers = training.make_optimizers(self.modules, self.args, device, 0)
         self.meters = [training.Meter(device) for _ in self.modules]
         self.autocast = utils.autocast(self.args, device)
 
@@ -466,35 +555,88 @@ def test_meter():
         meter.update(F.cross_entropy(logits, labels), logits, labels)
     last, mean = meter.look()
     assert last[1] == 50
-    assert mean == pytest.approx(meter.read())
+    assert mean == pytest.approx(meter.pop())
     assert mean[1] == pytest.approx(100 * 10 / 12)
     right, wrong = (-torch.eye(8)[0].log_softmax(0))[:2].tolist()
     assert mean[0] == pytest.approx((10 * right + 2 * wrong) / 12)
     meter.update(torch.tensor(1.0), torch.eye(8), torch.arange(8))
-    assert meter.read() == (1, 100, 100)
+    assert meter.pop() == (1, 100, 100)
 
 
-def test_one_module_equals_backprop_to_the_bit(tree, tmp_path):
-    """A network with dropout, too."""
-    flags = tree, *SMALL, "--arch", "squeezenet1_1"
-    call("dgl", *flags, "--num-modules", 1, "--name", "dgl", cwd=tmp_path)
-    call("backprop", *flags, "--name", "backprop", cwd=tmp_path)
-    a, b = ([*checkpoint_of(tmp_path, f"*_{name}.pt")["parts"]["model"].values()] for name in ("dgl", "backprop"))
+def test_one_module_equals_backprop_to_the_bit(whole_run, tree, tmp_path):
+    call("dgl", tree, *SMALL, "--num-modules", 1, cwd=tmp_path)
+    a, b = ([*checkpoint_of(f)["parts"]["model"].values()] for f in (tmp_path, whole_run["backprop"][0]))
     assert len(a) == len(b) > 10
     assert all(torch.equal(x, y) for x, y in zip(a, b))
 
 
-def test_learning_rate_and_new_optimizers(tree, tmp_path, monkeypatch):
-    """Divided by 10 every --epochdecay epochs, with momentum that starts anew, also when begun at --start_epoch."""
-    made = []
-    sgd = training.sgd
-    monkeypatch.setattr(training, "sgd", lambda *a: made.append(a[3]) or sgd(*a))
-    args = arguments("dgl", "x")
-    rates = [training.learning_rate(args, epoch) for epoch in (0, 9, 10, 19, 20, 49)]
-    assert rates == pytest.approx([0.1, 0.1, 0.01, 0.01, 0.001, 1e-5])
-    out = call("backprop", tree, *SMALL, "--nepochs", 5, "--start_epoch", 3, cwd=tmp_path)
-    assert made == [3, 4]
-    assert re.findall(r"^lr: (\S+), epoch (\d)", out, re.MULTILINE) == [("0.001", "3"), ("0.0001", "4")]
+@pytest.fixture
+def optimizers_of(monkeypatch, tmp_path):
+    """A function: by epoch, the optimizers and scalers with which a script's main, so called, would train."""
+
+    def run_without_training(script, *flags):
+        module, used = {"dgl": dgl, "backprop": imagenet}[script], []
+        monkeypatch.setattr(
+            module, "train_epoch", lambda model, optimizer, scaler, *rest: used.append((optimizer, scaler))
+        )
+        tested = [[[0, 0], [0, 0]]] * 2 if script == "dgl" else [0, 0]
+        monkeypatch.setattr(module, "evaluate", lambda *_: tested)
+        monkeypatch.setattr(runs.Run, "watch", lambda *_: ())
+        monkeypatch.setattr(runs.Run, "write", lambda *_: None)
+        monkeypatch.setattr(training.Meter, "pop", lambda _: (0, 0, 0))
+        with contextlib.redirect_stdout(None):
+            module.main([*map(str, ["--dummy", *NETWORK, "-b", 2, "--save_folder", tmp_path, *flags])])
+        return used if script == "dgl" else [([optimizer], [scaler]) for optimizer, scaler in used]
+
+    return run_without_training
+
+
+@both
+def test_the_published_optimizer(script, optimizers_of):
+    """SGD as in the paper; a new one, and a new scaler, when the learning rate drops."""
+    used = optimizers_of(script)
+    assert len(used) == 50
+    for epoch, (optimizers, scalers) in enumerate(used):
+        assert len(optimizers) == len(scalers) == (2 if script == "dgl" else 1)
+        for i, optimizer in enumerate(optimizers):
+            assert type(optimizer) is torch.optim.SGD
+            (group,) = optimizer.param_groups
+            expected = {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": False, "dampening": 0, "maximize": False}
+            assert {key: group[key] for key in expected} == expected
+            assert group["lr"] == pytest.approx([0.1, 0.01, 0.001, 1e-4, 1e-5][epoch // 10])
+            if epoch:
+                assert (optimizer is not used[epoch - 1][0][i]) == (epoch % 10 == 0)
+                assert (scalers[i] is not used[epoch - 1][1][i]) == (epoch % 10 == 0)
+
+
+def test_the_learning_rate_of_a_run_that_begins_later(optimizers_of):
+    used = optimizers_of("backprop", "--nepochs", 5, "--start_epoch", 3, "--epochdecay", 2, "--lr", 0.01)
+    assert [optimizers[0].param_groups[0]["lr"] for optimizers, _ in used] == pytest.approx([0.001, 0.0001])
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory):
+    """100 training and 50 validation images of scikit-learn's digits 0 and 1, 32x32 pixels."""
+    root, samples = tmp_path_factory.mktemp("digits"), load_digits(n_class=2)
+    for i, (pixels, label) in enumerate(zip(samples.images[:150], samples.target)):
+        folder = root / ("train" if i < 100 else "val") / f"class{label}"
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15).astype("uint8")).resize((32, 32)).save(folder / f"{i:03}.png")
+    return root
+
+
+@pytest.mark.parametrize(("script", "floor"), [("dgl", 70), ("backprop", 85)])
+def test_what_the_published_hyper_parameters_reach(script, floor, digits, tmp_path, monkeypatch):
+    """A thousand times the learning rate, or the weight decay, or a thousandth of the rate, stay below."""
+    module, net = {"dgl": (dgl, small_net(2)), "backprop": (imagenet, small_net(2))}[script]
+    if script == "backprop":
+        net = nn.Sequential(*net.blocks, net.auxiliary_nets[-1])
+    monkeypatch.setattr(module, "make_model", lambda *_: net)
+    flags = digits, *NETWORK, "-b", 10, "--nepochs", 9, "--epochdecay", 6, "-p", 0, "--save_folder", tmp_path
+    with contextlib.redirect_stdout(None):
+        module.main([*map(str, flags)])
+    last = LINES[script].fullmatch(log_of(tmp_path)[-1])
+    assert float(last[5]) >= floor
 
 
 @pytest.mark.parametrize(
@@ -535,8 +677,8 @@ def test_apex(monkeypatch):
     fake = types.SimpleNamespace(FusedSGD=lambda parameters, **options: made.append(options))
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", fake)
-    training.sgd(small_net(), arguments("dgl", "x", "--apex"), torch.device("cuda"), 10)
-    assert made == [{"lr": 0.01, "momentum": 0.9, "weight_decay": 1e-4}]
+    training.make_sgd(small_net(), arguments("dgl", "x", "--apex"), torch.device("cuda"), 10)
+    assert made == [{"lr": pytest.approx(0.01), "momentum": 0.9, "weight_decay": 1e-4}]
 
 
 def test_apex_without_its_cuda_extensions(monkeypatch, capsys):
@@ -546,7 +688,7 @@ def test_apex_without_its_cuda_extensions(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", types.SimpleNamespace(FusedSGD=refuse))
     with pytest.raises(SystemExit):
-        training.sgd(small_net(), arguments("dgl", "x", "--apex"), torch.device("cuda"), 0)
+        training.make_sgd(small_net(), arguments("dgl", "x", "--apex"), torch.device("cuda"), 0)
     assert capsys.readouterr().err.endswith("error: --apex: apex.optimizers.FusedSGD requires cuda extensions\n")
 
 
@@ -564,9 +706,56 @@ def test_tensorboard(tree, tmp_path, monkeypatch):
     call("dgl", *flags, cwd=tmp_path)
     call("dgl", *flags, "--evaluate", "--resume", "auto", cwd=tmp_path)  # writes nothing
     folder, *scalars = written
-    assert (str(folder[0]), folder[1]) == ("imagenet_dgl_tb.tensorboard", 0)
+    assert (str(folder[0]), folder[1]) == ("imagenet_dgl-imagenet_dgl-tb.tensorboard", 0)
     kinds = "loss", "train_top1", "test_top1", "ensemble_top1"
     assert [scalar[0] for scalar in scalars] == [f"{kind}/{n}" for n in (0, 1) for kind in kinds]
+
+
+@pytest.mark.parametrize("what", ["tensorboard", "best", "log"])
+def test_a_full_disk_ends_in_one_line(what, tree, tmp_path, monkeypatch):
+    """In the second epoch; the first one's checkpoint and log stay, and no temporary file."""
+    full = OSError(errno.ENOSPC, "No space left on device")
+
+    def fail(*_):
+        raise full
+
+    class Writer:
+        log_dir = "tb"
+
+        def __init__(self, *_, **__):
+            self.flushed = 0
+
+        def add_scalar(self, *_):
+            pass
+
+        def flush(self):
+            self.flushed += 1
+            if self.flushed > 2:
+                fail()
+
+    flags = [tree, *SMALL]
+    if what == "tensorboard":
+        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", types.SimpleNamespace(SummaryWriter=Writer))
+        flags += ["--tensorboard"]
+    saves, save = [], utils.save
+    if what == "best":
+        monkeypatch.setattr(runs.Best, "update", lambda best, _: setattr(best, "is_last", True))
+        monkeypatch.setattr(utils, "save", lambda *a: fail() if len(saves) == 2 else saves.append(save(*a)))
+    if what == "log":
+        log = utils.Path.open
+        monkeypatch.setattr(
+            utils.Path, "open", lambda path, mode="r", *a: fail() if mode == "a" and saves else log(path, mode, *a)
+        )
+        monkeypatch.setattr(utils, "save", lambda *a: saves.append(save(*a)))
+    status, _, err = run(SCRIPTS["dgl"], *flags, cwd=tmp_path)
+    assert status == 1
+    assert err.count("\n") == 1
+    name = "imagenet_dgl-imagenet_dgl"
+    file = {"tensorboard": "tb", "best": f"{name}_best.pt", "log": rf"[0-9-]+_{name}\.log"}[what]
+    assert re.match(rf"Cannot write {file}: .*No space left on device; the last checkpoint: {name}\.pt$", err)
+    monkeypatch.undo()
+    assert checkpoint_of(tmp_path)["epoch"] == 1
+    assert not [*tmp_path.glob("*.tmp")]
 
 
 @both
@@ -613,7 +802,9 @@ def test_killed_and_resumed_equals_never_stopped(script, whole_run, tree, tmp_pa
     run_until_killed(script, (3 + 2) * modules, flags, tmp_path)
     assert checkpoint_of(tmp_path)["epoch"] == 2
     call(script, *flags, "-j", 1, cwd=tmp_path)
-    assert_same_run(tmp_path, whole_run[script][0])
+    assert log_of(tmp_path) == log_of(whole_run[script][0])
+    a, b = checkpoint_of(tmp_path), checkpoint_of(whole_run[script][0])
+    assert_same([a["parts"], a["generator"]], [b["parts"], b["generator"]])
     assert "nothing to do" in call(script, *flags, cwd=tmp_path)
 
 
@@ -621,17 +812,18 @@ def test_killed_and_resumed_equals_never_stopped(script, whole_run, tree, tmp_pa
 def test_best_checkpoint_and_evaluate(script, whole_run, tree, tmp_path):
     """The best is the checkpoint of the best epoch; --evaluate prints that epoch's figures, and writes nothing."""
     folder, _ = whole_run[script]
-    best = checkpoint_of(folder, "*_best.pt")
+    path = best_of(folder)
+    best = torch.load(path, weights_only=True)
     matches = [match.groups() for match in map(LINES[script].fullmatch, log_of(folder)) if match]
     top1 = [float(match[4]) for match in matches if script == "backprop" or match[0] == "1"]
     assert best["epoch"] == 1 + top1.index(max(top1))
     assert best["parts"]["best"] == {"top1": max(top1)}
     assert checkpoint_of(folder)["parts"]["best"] == {"top1": max(top1)}
     before = sorted(folder.iterdir())
-    path = next(folder.glob("*_best.pt"))
-    out = call(script, tree, "-j", 0, "-b", 4, "--image-size", 32, "--resume", path, "--evaluate", cwd=tmp_path)
+    out = call(script, "-j", 1, "-b", 4, "--resume", path, "--evaluate", cwd=tmp_path)  # the rest as in the checkpoint
     tested = [f"test top1:{match[4]} (top5:{match[5]})" for match in matches if int(match[1]) == best["epoch"] - 1]
     assert re.findall(TESTED.replace("(\\d", "(?:\\d"), out) == tested
+    assert "ranks: 1" not in out
     assert sorted(folder.iterdir()) == before
     assert not [*tmp_path.iterdir()]
 
@@ -645,8 +837,7 @@ def test_evaluate_on_other_images_in_another_precision(script, whole_run, tree, 
             copy = tmp_path / "tree/val" / file.parent.name / f"{name}{file.name}"
             copy.parent.mkdir(parents=True, exist_ok=True)
             copy.write_bytes(file.read_bytes())
-    flags = "-j", 0, "--image-size", 32, "--resume", path, "--evaluate"
-    flags += "--precision", "fp16"
+    flags = "--resume", path, "--evaluate", "--precision", "fp16"
     once, twice = (re.findall(TESTED, call(script, t, *flags, cwd=tmp_path)) for t in (tree, tmp_path / "tree"))
     assert len(once) == 1 + (script == "dgl")
     assert once == twice
@@ -658,18 +849,16 @@ def test_evaluate_on_other_images_in_another_precision(script, whole_run, tree, 
 
 
 @pytest.mark.parametrize(("arch", "flag", "value"), [("resnet18", "--num-modules", 2), ("vgg11", "--block_size", 1)])
-def test_a_default_may_be_given_at_resume(arch, flag, value, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "DEBUG_STEPS", 1)
-    flags = "--dummy", "--debug", 1, *SMALL, "--arch", arch, "--nlin", 0, "--mlp", 0
-    call("dgl", *flags, "--nepochs", 1, cwd=tmp_path)
-    assert "epoch 1" in call("dgl", *flags, "--nepochs", 2, "--resume", "auto", flag, value, cwd=tmp_path)
+def test_a_default_may_be_given_at_resume(arch, flag, value):
+    flags = "dgl", "x", "--arch", arch
+    assert arguments(*flags) == arguments(*flags, flag, value) != arguments(*flags, flag, value + 1)
 
 
 def test_a_checkpoint_that_does_not_fit(whole_run, tree, tmp_path):
-    path = next(whole_run["dgl"][0].glob("*dgl.pt"))
+    path = whole_run["dgl"][0] / "imagenet_dgl-imagenet_dgl.pt"
     for script, flags, part in [
         ("backprop", [], "imagenet_dgl.py"),
-        ("dgl", ["--arch", "resnet34"], "--arch 'resnet18'"),
+        ("dgl", ["--arch", "squeezenet1_0"], "--arch 'squeezenet1_1'"),
         ("dgl", ["--image-size", 48], "--image-size 32"),
         ("dgl", ["--evaluate", "--num-modules", 1], "--num-modules 2"),
     ]:
@@ -682,35 +871,20 @@ def test_a_checkpoint_of_other_classes(whole_run, tree, tmp_path):
     for split in ("train", "val"):
         for old, new in (("class0", "z"), ("class1", "class1")):
             shutil.copytree(tree / split / old, tmp_path / "tree" / split / new)
-    path = next(whole_run["dgl"][0].glob("*dgl.pt"))
+    path = whole_run["dgl"][0] / "imagenet_dgl-imagenet_dgl.pt"
     for flags in [], ["--evaluate"]:
         message = refused("dgl", tmp_path / "tree", *SMALL, "--resume", path, *flags, cwd=tmp_path)
         assert " has 2; missing there: class0; unknown: z\n" in message
-    state = utils.read(path)
-    del state["classes"]  # of an earlier version
-    utils.write(tmp_path / "old.pt", state)
-    flags = *SMALL, "--resume", tmp_path / "old.pt", "--evaluate"
-    assert "top1" in call("dgl", tmp_path / "tree", *flags, cwd=tmp_path)
-    shutil.copytree(tree / "val/class0", tmp_path / "tree/val/zz")
-    message = refused("dgl", tmp_path / "tree", *flags, cwd=tmp_path)
-    assert "5 validation images of 2 classes; " in message
-    assert "this run's data: image folder, 8 validation images of 3 classes" in message
 
 
-def test_evaluate_with_images_of_another_size(tree, tmp_path):
-    """Possible where the cut is the same, as the published one is."""
-    small = "-j", 0, "-b", 4, "--nepochs", 1, "--nlin", 0, "--mlp", 0, "--arch"
-    for arch, size in (("resnet18", 16), ("efficientnet_b0", 32)):
-        flags = *small, arch, "--num-modules", 3
-        (tmp_path / arch).mkdir()
-        call("dgl", tree, *flags, "--image-size", size, cwd=tmp_path / arch)
-        flags += "--image-size", 224, "--resume", "auto", "--evaluate"
-        if arch == "resnet18":
-            assert "n: 2, test top1" in call("dgl", tree, *flags, cwd=tmp_path / arch)
-        else:
-            message = refused("dgl", tree, *flags, cwd=tmp_path / arch)
-            assert "for images of 32 pixels the checkpoint's network is not the same as for 224: " in message
-            assert message.endswith(": evaluate it with --image-size 32\n")
+def test_evaluate_with_images_of_another_size(whole_run, tree, tmp_path):
+    """Possible where the cut is the same."""
+    path = whole_run["dgl"][0] / "imagenet_dgl-imagenet_dgl.pt"
+    flags = tree, "--resume", path, "--evaluate", "--image-size"
+    assert "n: 1, test top1" in call("dgl", *flags, 48, cwd=tmp_path)
+    message = refused("dgl", *flags, 224, cwd=tmp_path)
+    assert "for images of 32 pixels the checkpoint's network is not the same as for 224: " in message
+    assert message.endswith(": evaluate it with --image-size 32\n")
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tree, tmp_path):
@@ -727,89 +901,99 @@ def test_a_loss_that_is_not_finite_ends_the_run(tree, tmp_path):
 # Ranks
 
 
-SHARED = ["-j", 0, "-b", 8, "--image-size", 64, "--nepochs", 1, "-p", 0, "--no-cuda"]
-
-# Trains in float64, in which rounding does not hide anything.
-DOUBLE = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import data, imagenet_dgl, training
-normalise, prepare = data.Batches.normalise, training.prepare
-data.Batches.normalise = lambda *a: normalise(*a).double()
-training.prepare = lambda *a: prepare(*a).double()
-imagenet_dgl.main(sys.argv[2:])
-"""
-
-
 @pytest.fixture
-def double(monkeypatch):
-    normalise, prepare = data.Batches.normalise, training.prepare
+def exact(monkeypatch):
+    """Float64, in which rounding hides nothing, and BatchNorm frozen, which a rank applies to its own images."""
+    normalise, to_device = data.Batches.normalise, training.to_device
     monkeypatch.setattr(data.Batches, "normalise", lambda *a: normalise(*a).double())
-    monkeypatch.setattr(training, "prepare", lambda *a: prepare(*a).double())
-
-
-def torchrun(script, *flags, cwd):
-    """A job of two ranks, as a user starts it."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", script, *flags]
-    return subprocess.run([*map(str, command)], cwd=cwd, capture_output=True, text=True, timeout=200)
-
-
-def fork_ranks(script, *flags, cwd):
-    """The same without torchrun and without importing torch again."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-
-    def rank(n):
-        os.environ.update(
-            RANK=f"{n}", LOCAL_RANK=f"{n}", WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=f"{port}"
-        )
-        ranks.RANK, ranks.COUNT = n, 2
-        sys.exit(run(SCRIPTS[script], *flags, cwd=cwd)[0])
-
-    processes = [multiprocessing.get_context("fork").Process(target=rank, args=(n,)) for n in (0, 1)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=120)
-    return [process.exitcode for process in processes]
+    monkeypatch.setattr(training, "to_device", lambda *a: to_device(*a).double())
+    frozen = nn.modules.batchnorm._BatchNorm
+    monkeypatch.setattr(frozen, "train", lambda norm, mode=True: nn.Module.train(norm, False))
 
 
 @both
-def test_two_ranks_equal_one(script, tree, tmp_path, double):
-    """Weights, running statistics, momentum and log lines."""
-    flags = tree, *SHARED, "--sync-bn", "--name"
-    if script == "dgl":
-        (tmp_path / "double.py").write_text(DOUBLE)
-        done = torchrun("double.py", ROOT / "imagenet_dgl", *flags, "two", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        assert done.stdout.count("ranks: 2") == 1  # rank 0 alone speaks
-    else:
-        assert fork_ranks(script, *flags, "two", cwd=tmp_path) == [0, 0]
-    call(script, *flags, "one", cwd=tmp_path)
-    a, b = (flat(checkpoint_of(tmp_path, f"*_{name}.pt")["parts"]) for name in ("two", "one"))
+def test_two_ranks_equal_one(script, tree, tmp_path, exact):
+    """Weights, momentum and log lines."""
+    shared = tree, *NETWORK, "-b", 8, "--nepochs", 1, "-p", 0, "--arch", "mobilenet_v3_small"
+    folders = tmp_path / "one", tmp_path / "two"
+    for folder in folders:
+        folder.mkdir()
+    dropout = nn.Dropout.forward
+    nn.Dropout.forward = lambda _, x: x  # two ranks draw other numbers than one
+    try:
+        assert run_ranks(2, ranks, SCRIPTS[script], *shared, folders=folders[1:]) == [0, 0]
+        call(script, *shared, cwd=folders[0])
+    finally:
+        nn.Dropout.forward = dropout
+    a, b = (flat(checkpoint_of(folder)["parts"]) for folder in folders)
     assert a.keys() == b.keys()
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-9, atol=1e-9)
-    logs = [path.read_text().splitlines() for path in sorted(tmp_path.glob("*.log"))]
-    lines = [[line for line in log if LINES[script].fullmatch(line)] for log in logs]
-    assert lines[0] == lines[1] != []
+    one, two = ([line for line in log_of(folder) if LINES[script].fullmatch(line)] for folder in folders)
+    assert one == two != []
+    assert "ranks: 2" in log_of(folders[1])
 
 
+def test_buffers_are_averaged_and_sums_taken_over_all_ranks():
+    def work(rank):
+        torch.distributed.init_process_group("gloo")
+        norm = nn.BatchNorm2d(2)
+        norm.running_mean += rank
+        ranks.average_buffers(norm)
+        assert norm.running_mean.tolist() == [0.5, 0.5]
+        assert ranks.all_reduce(torch.tensor(rank + 1)) == 3
+        torch.distributed.destroy_process_group()
+
+    assert fork_ranks(2, work, ranks) == [0, 0]
+
+
+def test_ranks_that_do_not_resume_the_same_checkpoint(whole_run, tree, tmp_path, capfd, monkeypatch):
+    """As on machines that share no folder: rank 0 says so before anything is trained."""
+    name, sleep = "imagenet_dgl-imagenet_dgl.pt", time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.3)))
+    folders = tmp_path / "0", tmp_path / "1"
+    for folder in folders:
+        folder.mkdir()
+    shutil.copy(whole_run["dgl"][0] / name, folders[0])
+    for flags, words in ([], "no checkpoint, unlike"), (["--module-parallel"], "another checkpoint than"):
+        before = (folders[0] / name).read_bytes()
+        flags = tree, *SMALL, "--nepochs", 4, "--resume", "auto", *flags
+        assert run_ranks(2, ranks, SCRIPTS["dgl"], *flags, folders=folders) == [2, 2]
+        first = capfd.readouterr().err.splitlines()[0]
+        assert f"error: --resume: rank 1 has {words} rank 0: " in first
+        assert (folders[0] / name).read_bytes() == before
+        assert not [*tmp_path.glob("*/*.log")]
+        state = torch.load(folders[0] / name, weights_only=True)
+        state["parts"]["model"]["blocks.0.features.0.bias"] += 1
+        torch.save(state, folders[1] / name)
+
+
+@pytest.mark.slow
 def test_a_failing_rank_ends_the_job(tree, tmp_path):
     """Rank 1 finds the corrupt validation image while rank 0 waits for its figures."""
     copy_tree(tree, tmp_path / "tree")
     bad = sorted((tmp_path / "tree/val").glob("*/*"))[1]
     bad.write_bytes(b"")
-    done = torchrun(ROOT / SCRIPTS["dgl"], tmp_path / "tree", *SHARED, cwd=tmp_path)
+    done = torchrun(ROOT / SCRIPTS["dgl"], tmp_path / "tree", *SMALL, "--nepochs", 1, cwd=tmp_path)
     assert done.returncode != 0
     assert f"cannot read the image {bad}" in done.stderr
     assert not [*tmp_path.glob("*.pt")]
 
 
+@pytest.mark.slow
 def test_a_mistake_of_all_ranks_is_said_once(tree, tmp_path):
-    done = torchrun(ROOT / SCRIPTS["dgl"], tree, *SHARED, "--resume", "missing.pt", cwd=tmp_path)
+    done = torchrun(ROOT / SCRIPTS["dgl"], tree, *SMALL, "--resume", "missing.pt", cwd=tmp_path)
     assert done.returncode != 0
-    assert done.stderr.count("error: there is no checkpoint missing.pt") == 1
+    assert done.stderr.count("error: there is no checkpoint 'missing.pt'") == 1
+
+
+def test_a_mistake_of_all_ranks_is_said_by_rank_0_first(tree, tmp_path, monkeypatch, capfd):
+    sleep = time.sleep
+    monkeypatch.setattr(time, "sleep", lambda seconds: sleep(seconds / 10))
+    begin = time.monotonic()
+    assert run_ranks(2, ranks, SCRIPTS["dgl"], tree, "--resume", "missing.pt", folders=[tmp_path]) == [2, 2]
+    assert time.monotonic() - begin > 0.9  # as rank 1 gave torchrun time to end it
+    assert "error: there is no checkpoint 'missing.pt'" in capfd.readouterr().err
 
 
 def test_what_another_rank_than_0_prints(monkeypatch, capsys):
@@ -819,20 +1003,58 @@ def test_what_another_rank_than_0_prints(monkeypatch, capsys):
     assert not capsys.readouterr().out
     for is_terminal in (True, False):
         monkeypatch.setattr(sys.stdout, "isatty", lambda is_terminal=is_terminal: is_terminal)
-        training.Run.__new__(training.Run).show("line")
+        other = runs.Run.__new__(runs.Run)
+        other.screen = sys.stdout
+        other.show("line")
         assert capsys.readouterr().out == "\r\033[Kline\n"[0 if is_terminal else 4 :]
 
 
-def test_a_mistake_that_rank_0_does_not_find_is_said(monkeypatch, capsys):
-    """Such as a file that another machine does not have."""
+def test_another_rank_says_nothing_when_it_is_stopped(monkeypatch):
+    """By torchrun, which sends SIGTERM: rank 0 says how to go on."""
+    monkeypatch.setattr(ranks, "RANK", 1)
+    with pytest.raises(SystemExit) as stop, ranks.one_message():
+        raise KeyboardInterrupt
+    assert stop.value.code == 1
+    monkeypatch.setattr(ranks, "RANK", 0)
+    with pytest.raises(KeyboardInterrupt), ranks.one_message():
+        raise KeyboardInterrupt
+
+
+def test_another_rank_waits_before_it_says_that_a_loss_is_not_finite(monkeypatch):
     waited = []
-    monkeypatch.setattr(ranks, "RANK", 3)
-    monkeypatch.setattr(ranks.time, "sleep", waited.append)
-    with pytest.raises(SystemExit) as stop:
-        ranks.fail("no such file")
-    assert stop.value.code == 2
+    monkeypatch.setattr(ranks, "RANK", 1)
+    monkeypatch.setattr(time, "sleep", waited.append)
+    other = runs.Run.__new__(runs.Run)
+    other.last_checkpoint = None
+    with pytest.raises(SystemExit, match="Why; the last checkpoint: none yet"):
+        other.stop("Why")
     assert waited == [ranks.PATIENCE]
-    assert "no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("rank", "count"), [("1", None), ("", None), (None, "2"), ("", "2"), ("one", "2"), ("2", "2"), ("-1", "2")]
+)
+def test_what_does_not_say_which_rank_this_is(rank, count, monkeypatch, capsys):
+    for name, text in (("RANK", rank), ("WORLD_SIZE", count)):
+        monkeypatch.delenv(name, raising=False)
+        if text is not None:
+            monkeypatch.setenv(name, text)
+    with pytest.raises(SystemExit) as stop:
+        ranks.place()
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert f"RANK and WORLD_SIZE ({rank!r} and {count!r}) do not say which rank this is" in message
+
+
+def test_ranks_that_cannot_find_each_other(monkeypatch, capsys):
+    monkeypatch.setattr(ranks, "COUNT", 2)
+    monkeypatch.setattr(utils, "setup", lambda _: torch.device("cpu"))
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    with pytest.raises(SystemExit):
+        ranks.setup(arguments("dgl", "x"))
+    assert "LOCAL_RANK and MASTER_ADDR and MASTER_PORT are not set: start with torchrun" in capsys.readouterr().err
 
 
 def test_batch_size_and_ranks(tree, tmp_path, monkeypatch):
@@ -845,28 +1067,11 @@ def test_batch_size_and_ranks(tree, tmp_path, monkeypatch):
 
 def test_more_ranks_than_gpus(monkeypatch, capsys):
     monkeypatch.setattr(ranks, "COUNT", 2)
-    monkeypatch.setenv("LOCAL_RANK", "1")
+    for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "1")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setattr(utils, "setup", lambda _: torch.device("cuda"))
     with pytest.raises(SystemExit) as stop:
         ranks.setup(arguments("dgl", "x"))
     assert stop.value.code == 2
     assert "1 GPUs" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(("norm", "shape"), [(nn.BatchNorm2d, (4, 5, 3, 3)), (nn.BatchNorm1d, (6, 5))])
-def test_sync_batch_norm_of_one_rank_is_batch_norm(norm, shape):
-    torch.manual_seed(0)
-    plain, x = nn.Sequential(nn.Identity(), norm(5)), 3 * torch.randn(shape) + 2
-    nn.init.normal_(plain[1].weight)
-    sync = ranks.SyncBatchNorm.convert_sync_batchnorm(nn.Sequential(nn.Identity(), norm(5)))
-    sync.load_state_dict(plain.state_dict())
-    outputs = []
-    for net in (plain, sync):
-        inputs = x.clone().requires_grad_()
-        y = net(inputs)
-        y.pow(3).sum().backward()
-        outputs.append([y, inputs.grad, net[1].weight.grad, net[1].bias.grad, *net.state_dict().values()])
-        outputs[-1].append(net.eval()(x))
-    for a, b in zip(*outputs, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
