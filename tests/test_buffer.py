@@ -1,9 +1,11 @@
 """buffer_experiments: the buffer, its compression, and simulated asynchronous DGL."""
 
 import copy
+import errno
 import itertools
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -15,15 +17,14 @@ import psutil  # comes with ipykernel
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, load, run
+from conftest import ROOT, assert_same_run, load, log_of, refused, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_scripts import assert_same_run, log_of, refused
 
 FOLDER = "buffer_experiments"
 SCRIPT = f"{FOLDER}/cifar_buffer.py"
 script = load(FOLDER, "cifar_buffer")
-buffer, models, utils = (sys.modules[name] for name in ("buffer", "models", "utils"))
+buffer, cifar, models, utils = (sys.modules[name] for name in ("buffer", "cifar", "models", "utils"))
 BATCH = 16
 TINY = ["--ncnn", 3, "--down", "[0]", "--feature_size", 4, "--mlp", 1, "--batch_size", BATCH, "--seed", 0]
 QUICK = [*TINY, "--data", "digits", "--train-size", 64, "--threads", 1, "--nepochs", 3]
@@ -38,8 +39,8 @@ def make(*flags, size=64):
     labels = torch.randint(4, (size,), generator=generator)
     images = torch.randint(128, (size, 32, 32, 3), dtype=torch.uint8, generator=generator)
     images += 32 * labels.byte()[:, None, None, None]
-    batches = utils.Batches(images, labels, BATCH, "cpu", torch.Generator().manual_seed(args.seed), drop_last=True)
-    model = utils.prepare(models.make_network(args, 10), args, torch.device("cpu"))
+    batches = cifar.Batches(images, labels, BATCH, "cpu", torch.Generator().manual_seed(args.seed), drop_last=True)
+    model = utils.to_device(models.make_network(args, 10), args, torch.device("cpu"))
     return script.Simulation(args, model, batches, torch.device("cpu"))
 
 
@@ -90,6 +91,7 @@ def test_buffer_against_an_obvious_one(size, max_reuse, sampling, operations):
                 assert representation.shape == (2, 3, 4, 4)
                 assert representation.is_contiguous(memory_format=torch.channels_last)
                 chosen = labels[0].item()
+                assert ring.sampled == chosen
                 assert labels.tolist() == [chosen, chosen + 1]
                 assert (representation == chosen).all()
                 if sampling == "priority_lifo":
@@ -248,13 +250,13 @@ def test_layers_that_take_turns_are_synchronous_dgl(flags):
 
 
 @pytest.mark.parametrize("max_reuse", [None, 1])
-def test_random_turns_against_an_obvious_simulation(max_reuse):
+def test_random_turns_against_an_obvious_simulation(max_reuse, monkeypatch):
     """The same weights, to the bit, from lists of tensors, and the order of the turns that was recorded."""
     flags = ["--buffer", 2, "--noise", 0.6, "--layer_noise", 1, "--epochdecay", 1]
     flags += ["--max-buffer-reuse", max_reuse] if max_reuse else []
     simulation, other = make(*flags), make(*flags)
-    turns = []
-    simulation.turn = lambda n: turns.append(n) or type(simulation).turn(simulation, n)
+    turns, draw = [], script.Turns.__next__
+    monkeypatch.setattr(script.Turns, "__next__", lambda self: turns.append(draw(self)) or turns[-1])
     train(simulation)
     model = other.model
     lists = [[] for _ in range(3)]  # of [representation, labels, uses], oldest first
@@ -304,43 +306,97 @@ def test_random_turns_against_an_obvious_simulation(max_reuse):
     assert equal(state(simulation.model), state(model))
 
 
-def test_layers_that_are_done_stop_learning_and_go_on_feeding():
+def test_layers_that_are_done_stop_learning_and_go_on_feeding(monkeypatch):
     simulation = make("--buffer", 2, "--noise", 0.8, "--layer_noise", 2)
-    finished = {}
+    train_step, feed_step, fed = script.train_step, script.feed_step, []
+    end = {}
 
-    def turn(n):
-        trained = type(simulation).turn(simulation, n)
-        if simulation.steps[n] == 12:
-            now = [state(part) for part in simulation.modules[n]], simulation.meters[n].count
-            puts = simulation.buffers[n].count if n < 2 else 0
-            before, _ = finished.setdefault(n, (now, puts))
-            assert before[1] == now[1]
-            assert all(map(equal, before[0], now[0]))  # weights and BatchNorm statistics
-        return trained
+    def now(n):  # weights and BatchNorm statistics
+        return [state(part) for part in simulation.modules[n]], simulation.meters[n].count
 
-    simulation.turn = turn
+    def recorded_step(simulation, n, *batch):
+        assert not simulation.done(n)
+        representation = train_step(simulation, n, *batch)
+        assert not representation.requires_grad
+        end[n] = now(n)
+        return representation
+
+    def recorded_feed(simulation, n, x):
+        fed.append((n, simulation.buffers[n].count))
+        representation = feed_step(simulation, n, x)
+        assert not representation.requires_grad
+        return representation
+
+    monkeypatch.setattr(script, "train_step", recorded_step)
+    monkeypatch.setattr(script, "feed_step", recorded_feed)
     train(simulation)
     assert simulation.steps == [12, 12, 12]
-    assert all(simulation.buffers[n].count > finished[n][1] for n in (0, 1))
-    assert simulation.buffers[0].sample()[0].grad_fn is None
+    for n in range(3):
+        assert all(map(equal, end[n][0], now(n)[0]))
+        assert end[n][1] == now(n)[1] == 12 * BATCH
+    assert {n for n, _ in fed} == {0, 1}
+    for n in (0, 1):  # each step is a put
+        assert simulation.buffers[n].count == 12 + sum(n == m for m, _ in fed)
 
 
-def test_learning_rates_drop_layer_by_layer_with_a_new_optimizer():
+def settings_of(optimizer):
+    """Everything but its parameters."""
+    return type(optimizer), {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
+
+
+def published(lr):
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    return settings_of(torch.optim.SGD([parameter], lr, momentum=0.9, weight_decay=5e-4, fused=True))
+
+
+def test_the_published_optimizer(monkeypatch, tmp_path):
+    """As `main` builds it, in each epoch of each layer, without the training between."""
+    seen, flags = [], [*QUICK, "--buffer", 2, "--nepochs", 31]
+
+    def train_epoch(simulation, epoch):
+        next(simulation.stream)
+        for n, optimizer in enumerate(simulation.optimizers):
+            seen.append((n, epoch, settings_of(optimizer)))
+            own = [id(p) for part in simulation.modules[n] for p in part.parameters()]
+            assert [id(p) for group in optimizer.param_groups for p in group["params"]] == own
+            simulation.steps[n] += simulation.epoch_steps
+            script.end_epoch(simulation, n)
+
+    monkeypatch.setattr("conftest.load", lambda *_: script)
+    monkeypatch.setattr(script, "train_epoch", train_epoch)
+    monkeypatch.setattr(script, "evaluate", lambda *_: ([0] * 3, [0] * 3))
+    assert run(SCRIPT, *flags, cwd=tmp_path)[0] == 0
+    epochs = range(1, 32)
+    rates = [0.1] * 15 + [0.1 / 5] * 15 + [0.1 / 25]
+    assert seen == [(n, epoch, published(lr)) for epoch, lr in zip(epochs, rates) for n in range(3)]
+
+
+def test_it_learns(tmp_path):
+    """A floor that a broken method does not reach: chance is 10 %."""
+    flags = ["--ncnn", 2, "--feature_size", 8, "--down", "[0]", "--mlp", 1, "--batch_size", 16, "--buffer", 5]
+    flags += ["--data", "digits", "--nepochs", 3, "--epochdecay", 2, "--lr", 0.05, "--seed", 0, "--threads", 1]
+    assert run(SCRIPT, *flags, cwd=tmp_path)[0] == 0
+    assert float(re.search(r"test ([\d.]+)", log_of(tmp_path)[-1])[1]) > 65
+
+
+def test_learning_rates_drop_layer_by_layer_and_momentum_starts_from_zero(monkeypatch):
     simulation = make("--buffer", 2, "--epochdecay", 2, "--nepochs", 6, "--lr", 0.5, "--noise", 0.5)
-    before, drops = [*simulation.optimizers], []
+    end_epoch, drops = script.end_epoch, []
 
-    def end_epoch(n):
-        type(simulation).end_epoch(simulation, n)
-        changed = [m for m in range(3) if simulation.optimizers[m] is not before[m]]
-        done = simulation.steps[n] / 4
-        assert changed == ([n] if done in (2, 4) else [])
-        if changed:
-            optimizer = before[n] = simulation.optimizers[n]
-            drops.append((n, done, optimizer.param_groups[0]["lr"]))
-            assert all(not s["momentum_buffer"].any() for s in optimizer.state.values())
+    def momenta():
+        return [sum(s["momentum_buffer"].abs().sum() for s in o.state.values()) for o in simulation.optimizers]
+
+    def checked(simulation, n):
+        before = momenta()
+        end_epoch(simulation, n)
+        after, done = momenta(), simulation.steps[n] / 4
+        assert [m for m in range(3) if after[m] != before[m]] == ([n] if done in (2, 4) else [])
+        if done in (2, 4):
+            drops.append((n, done, simulation.optimizers[n].param_groups[0]["lr"]))
+            assert after[n] == 0
             assert simulation.turns.first == [0, 0, 1, 1, 2, 2]
 
-    simulation.end_epoch = end_epoch
+    monkeypatch.setattr(script, "end_epoch", checked)
     train(simulation)
     assert sorted(drops) == [(n, e, pytest.approx(0.5 / 5 ** (e // 2))) for n in range(3) for e in (2, 4)]
 
@@ -349,7 +405,7 @@ def test_evaluate_equals_forward_upto_n():
     simulation = train(make("--buffer", 2))
     model, args = simulation.model, simulation.args
     images = torch.randint(256, (30, 32, 32, 3), dtype=torch.uint8)
-    batches = utils.Batches(images, torch.arange(30) % 4, 8, "cpu")
+    batches = cifar.Batches(images, torch.arange(30) % 4, 8, "cpu")
     layers, ensembles = script.evaluate(model, utils.autocast(args, torch.device("cpu")), batches)
     with torch.no_grad():
         for n in range(3):
@@ -368,7 +424,7 @@ def test_evaluate_on_quantised_inputs_is_what_the_layers_are_trained_on():
     simulation = train(make("--buffer", 2, "--quantize", "2,4"))
     model, (first, second) = simulation.model.eval(), (b.quantizer for b in simulation.buffers)
     images, labels = torch.randint(256, (30, 32, 32, 3), dtype=torch.uint8), torch.arange(30) % 4
-    (x, y), *_ = batches = utils.Batches(images, labels, 30, "cpu")
+    (x, y), *_ = batches = cifar.Batches(images, labels, 30, "cpu")
     top1, _ = script.evaluate(model, simulation.autocast, batches, [first, second])
     with torch.no_grad():
         for n, quantizer in enumerate([first, second, None]):
@@ -412,13 +468,13 @@ def test_the_distortion_falls():
     quantizer, errors = buffer.ProductQuantizer(16, 4, 16), []
     for _ in range(50):
         quantizer.update(torch.randn(8, 16, 8, 8).relu())
-        errors.append(quantizer.read_error())
+        errors.append(quantizer.pop_error())
     assert math.isnan(errors[0])  # there was no codebook yet
     assert errors[-1] < 0.8 * errors[1]
     x = torch.randn(8, 16, 8, 8).relu()
     error = (quantizer.decode(quantizer.encode(x)) - x).square().sum() / x.square().sum()
     assert error == pytest.approx(errors[-1], rel=0.1)
-    assert math.isnan(quantizer.read_error())  # nothing seen since
+    assert math.isnan(quantizer.pop_error())  # nothing seen since
 
 
 def test_dead_codewords_are_revived():
@@ -491,8 +547,8 @@ def test_a_run_stopped_between_log_lines_and_resumed_equals_one_that_was_not(fla
     for folder in (whole, stopped):
         folder.mkdir()
     assert run(SCRIPT, *QUICK, *flags, cwd=whole)[0] == 0
-    utils, meter_updates = load(FOLDER, "utils"), itertools.count(1)
-    update = utils.Meter.update
+    cifar, meter_updates = load(FOLDER, "cifar"), itertools.count(1)
+    update = cifar.Meter.update
 
     def stopping(meter, *batch):
         if next(meter_updates) in (27, 30):  # the first steps, and those after the first resumption
@@ -500,12 +556,12 @@ def test_a_run_stopped_between_log_lines_and_resumed_equals_one_that_was_not(fla
         update(meter, *batch)
 
     with monkeypatch.context() as patch:
-        patch.setattr(utils.Meter, "update", stopping)
-        patch.setattr("conftest.COMMON_NAMES", ())  # so that the script gets this utils
+        patch.setattr(cifar.Meter, "update", stopping)
+        patch.setattr("conftest.COMMON_NAMES", ())  # so that the script gets this cifar
         for _ in range(2):
             assert run(SCRIPT, *QUICK, *flags, "--resume", "auto", cwd=stopped)[2] == "stopped\n"
-    assert next(stopped.glob("*.pt"))
-    assert run(SCRIPT, *QUICK, *flags, "--resume", "auto", cwd=stopped)[0] == 0
+    (checkpoint,) = stopped.glob("*.pt")
+    assert run(SCRIPT, "--resume", checkpoint, "--threads", 1, cwd=tmp_path)[0] == 0  # --seed is the checkpoint's
     assert_same_run(whole, stopped)
 
 
@@ -514,7 +570,7 @@ def test_mistakes(tmp_path):
         (["--layer_noise", 3], ["--layer_noise 3", "0 to 2"]),
         (["--noise", 1, "--buffer", 2], ["--noise", "below 1"]),
         (["--noise", 0.1], ["--noise", "--buffer"]),
-        (["--down", "[1,2]"], ["--down [1, 2]", "behind layer 2"]),
+        (["--down", "[1,2]"], ["--down [1, 2]", "no layer follows layer 2"]),
         (["--down", "1,2"], ["'[1,3]'"]),
         (["--ncnn", 8, "--down", "[0,1,2,3,4,5]"], ["--down", "at most 5"]),
         (["--quantize", "3,8"], ["--quantize", "4 channels", "3 groups"]),
@@ -523,46 +579,83 @@ def test_mistakes(tmp_path):
         (["--buffer", 10**9], ["2 buffers", "GB are free", "--buffer"]),
     ]:
         refused(run(SCRIPT, *QUICK, *flags, cwd=tmp_path), *parts)
-    refused(run(SCRIPT, "--data", "digits", cwd=tmp_path), "--seed")
+    for resume in ([], ["--resume", "auto"]):
+        refused(run(SCRIPT, "--data", "digits", *resume, cwd=tmp_path), "--seed is required")
+    refused(run(SCRIPT, *QUICK, "--seed", 2**32, cwd=tmp_path), "--seed", "below 2147483648")
     assert not list(tmp_path.iterdir())
 
 
+class Fork:
+    """subprocess.Popen for the runs of a sweep, without an interpreter that imports torch again."""
+
+    def __init__(self, command, stderr, **_):
+        pipe, self.hold = os.pipe()
+        self.pid, self.returncode = os.fork(), None
+        if self.pid == 0:
+            os.close(self.hold)
+            os.dup2(pipe, 0)
+            sys.stdout, sys.stderr = open(os.devnull, "w"), stderr  # noqa: SIM115
+            status = 1
+            try:
+                sys.modules["sweep"].run_one(*command[4:])
+                status = 0
+            except SystemExit as stop:
+                status = stop.code
+            finally:
+                sys.stderr.flush()
+                os._exit(status)
+        os.close(pipe)
+
+    def poll(self):
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        if pid:
+            os.close(self.hold)
+            self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+
+FLAGS = [*TINY[:-2], "--data", "digits", "--train-size", 32, "--nepochs", 1]
+
+
 def sweep(*flags, cwd, **changes):
-    flags = ["--jobs", 2, *flags, "--", *TINY[:-2], "--data", "digits", "--train-size", 32, "--nepochs", 1]
+    flags = ["--jobs", 2, *flags, "--", *FLAGS]
     flags += [part for name, value in changes.items() for part in (f"--{name}", value)]
     return run(f"{FOLDER}/sweep.py", *flags, cwd=cwd)
 
 
 def test_sweep_reports_a_failure_and_goes_on_where_it_was(tmp_path, monkeypatch):
     monkeypatch.setattr("signal.signal", lambda *_: None)
+    monkeypatch.setattr("subprocess.Popen", Fork)
     grid = ["--buffer", 1, "--noise", 0, 0.5, "--layer_noise", 1, "--quantize", "4,4", "--save_folder", "runs"]
     names = ["buffer1_quantize4x4_seed0", "buffer1_layer1_noise0.5_quantize4x4_seed0"]
-    folder = tmp_path / "runs"
+    folder, prefix = tmp_path / "runs", "buffer_experiments-cifar_buffer"
     folder.mkdir()
-    damaged = folder / f"cifar_buffer_{names[0]}.pt"
+    damaged = folder / f"{prefix}-{names[0]}.pt"
     damaged.touch()
     status, out, err = sweep(*grid, cwd=tmp_path)
     assert status == 1
+    assert f"{names[0]}: failed with status 2: cifar_buffer.py: error: " in err
     assert "damaged" in err
     assert err.endswith(f"1 of 2 runs failed: {names[0]}\n")
     (log,) = folder.glob("*.log")
-    assert log.name.endswith(f"_cifar_buffer_{names[1]}.log")
+    assert log.name.endswith(f"_{prefix}-{names[1]}.log")
     assert [*folder.glob("*.pt")] == [damaged]
     damaged.unlink()
     status, out, err = sweep(*grid, cwd=tmp_path)
     assert (status, err) == (0, "")
     assert out == f"2 runs, 1 of them complete already\n{names[0]}: done\n"
+    assert not [*folder.glob("*.pt")]
+    damaged.touch()  # as if the sweep had been ended before it removed the checkpoint
     before = {log: log.read_text() for log in folder.glob("*.log")}
     assert sweep(*grid, cwd=tmp_path)[1] == "2 runs, 2 of them complete already\n"
     assert before == {log: log.read_text() for log in folder.glob("*.log")}
+    assert not damaged.exists()
     complete = load(FOLDER, "sweep").is_complete
-    flags = json.loads(next(iter(before.values())).splitlines()[0].removeprefix("arguments: "))
-    assert flags["resume"] == "auto"
     wanted = [*map(str, TINY), "--buffer", "1", "--quantize", "4,4", "--data", "digits", "--train-size", "32"]
     wanted += ["--threads", "1", "--name", names[0], "--nepochs"]
     assert complete(folder, names[0], [*wanted, "1"])
     assert not complete(folder, names[0], [*wanted, "2"])
-    (log,) = folder.glob(f"*_cifar_buffer_{names[0]}.log")
+    (log,) = folder.glob(f"*-cifar_buffer-{names[0]}.log")
     *before_last, _ = log.read_text().splitlines(keepends=True)
     for cut in ("".join(before_last), log.read_text()[:-1], ""):
         log.write_text(cut)
@@ -595,20 +688,98 @@ def test_mistakes_in_a_sweep_end_it_before_it_starts(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_ctrl_c_ends_a_sweep_and_its_runs(tmp_path):
-    command = [sys.executable, ROOT / FOLDER / "sweep.py", "--jobs", 1, "--seeds", 0, 1, "--", *TINY[:-2]]
-    command += ["--data", "digits", "--nepochs", 1000]
-    process = subprocess.Popen([*map(str, command)], cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
+def test_a_sweep_that_is_ended_ends_its_runs(ending, tmp_path, monkeypatch):
+    process = start_sweep(tmp_path, monkeypatch, "import time; time.sleep(100)")
+    (child,) = wait_for(lambda: psutil.Process(process.pid).children())
+    os.kill(process.pid, ending)
+    process.join(30)
+    assert process.exitcode == -signal.SIGINT
+    assert (tmp_path / "stderr").read_text() == "\nInterrupted; the same command goes on from here.\n"
+    wait_for(lambda: not child.is_running())
+
+
+def test_nohup_keeps_a_sweep_alive(tmp_path, monkeypatch):
+    process = start_sweep(tmp_path, monkeypatch, "import os, signal; os.kill(os.getppid(), signal.SIGHUP)", ignore=True)
+    process.join(30)
+    assert process.exitcode == 0
+
+
+@pytest.mark.parametrize("copy", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_runs_end_with_a_sweep_that_is_killed_and_their_names_are_taken_until_then(copy, tmp_path, monkeypatch):
+    """The run is a copy of this process, or a process of its own, as it really is."""
+    if copy:
+        monkeypatch.setattr("subprocess.Popen", Fork)
+    process = start_sweep(tmp_path, monkeypatch, None, "--nepochs", 10**6)
+    (child,) = wait_for(lambda: psutil.Process(process.pid).children())
+    wait_for(lambda: [*tmp_path.glob("*.pt")])
+    flags = [*FLAGS, "--buffer", 30, "--seed", 0, "--name", "buffer30_seed0", "--save_folder", tmp_path]
+    refused(run(SCRIPT, *flags, cwd=tmp_path), "is alive", tmp_path)
+    process.kill()
+    process.join()
+    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+@pytest.mark.parametrize("failing", ["stdout", "disk"])
+def test_a_sweep_and_failing_output(failing, tmp_path, monkeypatch):
+    """As with `| head -1`: it goes on. Without space for temporary files: one line."""
+    if failing == "disk":
+        monkeypatch.setattr("tempfile.TemporaryFile", full)
+    process = start_sweep(tmp_path, monkeypatch, "pass")
+    process.join(30)
+    said = (tmp_path / "stderr").read_text()
+    if failing == "disk":
+        assert process.exitcode == 1
+        assert said.count("\n") == 1
+        assert "No space left on device" in said
+    else:
+        assert (process.exitcode, said) == (0, "")
+
+
+def full(*_):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def start_sweep(cwd, monkeypatch, program, *flags, ignore=False):
+    """A sweep of one run in a copy of this process; its stdout is a pipe that nobody reads. The run is a program."""
+    sweeps = load(FOLDER, "sweep")
+    if program:
+        monkeypatch.setattr(sweeps, "RUN", program)
+
+    def child():
+        os.setpgrp()
+        os.chdir(cwd)
+        signal.signal(signal.SIGHUP, signal.SIG_IGN if ignore else signal.SIG_DFL)
+        reader, writer = os.pipe()
+        os.close(reader)
+        sys.stdout, status = os.fdopen(writer, "w"), 0
+        sys.stderr = (cwd / "stderr").open("w", buffering=1)
+        try:
+            sweeps.main([str(flag) for flag in ("--jobs", 1, "--", *FLAGS, *flags)])
+        except KeyboardInterrupt as error:
+            sys.excepthook(KeyboardInterrupt, error, None)
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.kill(os.getpid(), signal.SIGINT)
+        except SystemExit as stop:
+            print(stop.code, file=sys.stderr)
+            status = 1
+        finally:
+            os._exit(status)
+
+    process = multiprocessing.get_context("fork").Process(target=child)
+    process.start()
+    return process
+
+
+def wait_for(condition):
     deadline = time.monotonic() + 60
-    while not (children := psutil.Process(process.pid).children()) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert len(children) == 1
-    process.send_signal(signal.SIGINT)
-    assert process.communicate(timeout=30)[1] == "\nInterrupted; the same command goes on from here.\n"
-    assert process.returncode == -signal.SIGINT
-    assert not any(child.is_running() for child in children)
+    while not (result := condition()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("logs", ["committed", "one run"])
 def test_the_notebook_runs(logs, tmp_path):
     folder = ROOT / FOLDER
@@ -617,8 +788,8 @@ def test_the_notebook_runs(logs, tmp_path):
         environment["LOGS"] = str(tmp_path)
         assert run(SCRIPT, *QUICK, "--nepochs", 1, cwd=tmp_path)[0] == 0
         (log,) = tmp_path.glob("*.log")
-        (tmp_path / "20260101-000000_cifar_buffer_stopped.log").write_text(log.read_text()[:-1])
-        (tmp_path / "20260101-000000_cifar_buffer_empty.log").touch()
+        (tmp_path / "20260101-000000_buffer_experiments-cifar_buffer-stopped.log").write_text(log.read_text()[:-1])
+        (tmp_path / "20260101-000000_buffer_experiments-cifar_buffer-empty.log").touch()
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--output-dir", str(tmp_path)]
     done = subprocess.run([*command, folder / "BufferCurves.ipynb"], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
