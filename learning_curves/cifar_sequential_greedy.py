@@ -25,13 +25,14 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     parser.add_argument("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     parser.add_argument("--epochs", type=utils.at_least(1), default=50, help="passes over the training set, a layer")
+    parser.add_argument("--lr", type=utils.at_least(0, float, above=True), default=0.1, help="learning rate at first")
     parser.add_argument("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
     return parser.parse_args(argv)
 
 
-def set_learning_rate(optimizer, epoch):
-    """0.1, multiplied by 0.2 after every 15 epochs; epochs count from 1, for each layer anew."""
-    optimizer.param_groups[0]["lr"] = 0.1 * 0.2 ** ((epoch - 1) // 15)
+def set_learning_rate(optimizer, lr, epoch):
+    """Multiply the learning rate by 0.2 after every 15 epochs; each layer counts its epochs from 1."""
+    optimizer.param_groups[0]["lr"] = lr * 0.2 ** ((epoch - 1) // 15)
 
 
 def train_epoch(model, n, optimizer, scaler, autocast, batches, meter):
@@ -71,14 +72,14 @@ def main(argv=None):
     device = utils.setup(args)
     data = cifar.load_data(args, device)
     model = utils.to_device(DGLNet(data.num_classes), args, device)
-    optimizers = [cifar.sgd(parts, lr=0.1, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
+    optimizers = [cifar.sgd(parts, args.lr, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
     scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)
     meter = cifar.Meter(device)
     run = utils.Run(args, data, fixed=["epochs"], model=model, optimizers=optimizers, scalers=scalers)
     for step in run.epochs(len(optimizers) * args.epochs):
         n, epoch = (step - 1) // args.epochs, (step - 1) % args.epochs + 1
-        set_learning_rate(optimizers[n], epoch)
+        set_learning_rate(optimizers[n], args.lr, epoch)
         train_epoch(model, n, optimizers[n], scalers[n], autocast, data.train, meter)
         cifar.log_epoch(run, n + 1, epoch, meter, evaluate(model, n, autocast, data.test))
 
