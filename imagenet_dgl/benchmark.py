@@ -3,11 +3,11 @@
     python benchmark.py                                              # a small network, K = 2, on two CPU cores
     python benchmark.py --arch resnet50 --image-size 224 -b 256 --num-modules 2 4    # as many GPUs are needed
 
-Starts its own ranks, K of them for each K, and lets them train the same network on the same batch in all ways in turn,
---rounds times; a figure is the median. Every way is imagenet_dgl.py's or imagenet.py's own train_epoch, or
-torch.distributed.pipelining's GPipe and 1F1B, whose stages are DGL's blocks without auxiliary networks. Prints a table
-and writes a picture. "heaviest module" is what the ideal pipeline would reach: the rate of its slowest rank, alone on
-the machine; "predicted" is what schedule.py makes of the modules' times and the speed of the link.
+Starts K ranks for each K. They train the same network on the same batch in all ways in turn, --rounds times; a figure
+is the median. The ways are imagenet_dgl.py's and imagenet.py's own train_epoch, and torch.distributed.pipelining's
+GPipe and 1F1B, whose stages are DGL's blocks without auxiliary networks. Prints a table and writes a picture.
+"heaviest module" is what an ideal pipeline would reach: the rate of its slowest rank, alone on the machine. "predicted"
+is what schedule.py computes from the modules' times and the speed of the link.
 """
 
 import argparse
@@ -80,7 +80,7 @@ class Nothing:
 
 
 class Rank:
-    """What all ways of training have in common on a rank."""
+    """What all ways of training share on a rank."""
 
     def __init__(self, args, num_modules, rank):
         self.args, self.num_modules, self.rank = args, num_modules, rank
@@ -108,7 +108,7 @@ class Rank:
         ]
 
     def train_modules(self, modules, pipeline=None):
-        """What trains modules for a number of steps."""
+        """A function that trains the modules for a number of steps."""
         optimizers = [self.sgd(module) for module in modules]
         extra = [self.scaler] * len(modules), self.autocast
         meters = [Nothing()] * len(modules)
@@ -130,7 +130,7 @@ class Rank:
 
         return train
 
-    # The ways: each returns what trains for a number of steps, or None on a rank that does not take part
+    # The ways: each returns a function that trains for a number of steps, or None on a rank that does not take part
 
     def dgl_in_one_process(self):
         return None if self.rank else self.train_modules(self.modules())
@@ -203,7 +203,7 @@ class Rank:
         return self.args.steps * self.args.batch_size / (self.clock() - begin)
 
     def peak_memory(self, train):
-        """The most that training has allocated at a time beyond network and optimizer, in bytes."""
+        """The most bytes that training has allocated at a time, beyond network and optimizer."""
         if not train:
             return 0
         if self.device.type == "cuda":
@@ -255,7 +255,7 @@ def work(rank, args, num_modules, store, results):
     for _ in range(args.rounds):
         for way, train in trainers.items():
             rates[way].append(here.images_per_second(train))
-        if rank == 0:  # the machine to itself, but as near in time as can be
+        if rank == 0:  # alone on the machine, but close in time
             pairs = [(module.block, module.auxiliary_net) for module in here.modules()]
             measured.append(schedule.measure(pairs, here.images, here.labels, args.steps))
     size = [max(measured[0]["bytes"]) if rank == 0 else None]
@@ -267,7 +267,7 @@ def work(rank, args, num_modules, store, results):
         dist.all_gather_object(memory[way], here.peak_memory(train))
     dist.destroy_process_group()
     if rank == 0:
-        busy = 0.0 if args.cuda else 1.0  # a CPU's transfers take the time of the cores that compute
+        busy = 0.0 if args.cuda else 1.0  # a CPU's transfers run on the cores that compute
         computed = [schedule.rates(m, link, busy, args.microbatches) for m in measured]
         modules = [[sum(times) for times in zip(*m["DGL"])] for m in measured]
         results.put((rates, memory, computed, modules, size[0] / link, link))

@@ -3,9 +3,9 @@
     python schedule.py                                        # efficientnet_v2_l cut into 1 to 64 modules, on a CPU
     python schedule.py --arch resnet152 --image-size 224 -b 256 --num-modules 1 2 4 8 16 --links 100
 
-Measures forward, and backward pass with step, of every module on this machine, one after the other, and computes when K
-such machines, joined by links of a given speed, would do what: module-parallel DGL, as module_parallel.py does it, and
-backprop in the pipelines GPipe and 1F1B, whose stages are the same blocks without auxiliary networks. Prints a
+Measures the forward pass, and the backward pass with the step, of every module on this machine. From these it computes
+what K such machines, joined by links of a given speed, would reach: with module-parallel DGL, as in module_parallel.py,
+and with backprop in the pipelines GPipe and 1F1B, whose stages are the same blocks without auxiliary networks. Prints a
 table and writes a picture. benchmark.py compares the computation with a real run.
 """
 
@@ -23,7 +23,7 @@ import models
 import training
 from module_parallel import SLOTS
 
-BATCHES = 200  # computed, so that the pipeline's filling does not count
+BATCHES = 200  # computed, so that filling the pipeline does not count
 
 
 def module_parallel(forward, backward, transfer, busy=0.0, batches=BATCHES):
@@ -31,8 +31,8 @@ def module_parallel(forward, backward, transfer, busy=0.0, batches=BATCHES):
 
     Args:
         forward, backward: seconds of each of the K modules, (K,) each; the step belongs to backward.
-        transfer: seconds that the output of each module but the last is on its way, (K - 1,).
-        busy: how much of a transfer's time sender and receiver cannot compute in: 1 if a core's time is what it needs.
+        transfer: seconds that the output of each module but the last one travels, (K - 1,).
+        busy: the fraction of a transfer in which sender and receiver cannot compute: 1 if the transfer needs a core.
     """
     last = len(forward) - 1
     arrived = [[0.0] * (last + 1) for _ in range(SLOTS)]  # of the latest SLOTS batches, at each module
@@ -44,7 +44,7 @@ def module_parallel(forward, backward, transfer, busy=0.0, batches=BATCHES):
             end = max(done[-1][k], now_arrived[k]) + forward[k]
             if k < last:
                 end = max(end, arrived[0][k + 1])  # SLOTS batches at most are being sent
-                # The receiver has a slot when it has done with an older batch; the link takes one at a time
+                # The receiver has a free slot once it is done with an older batch; the link takes one at a time
                 now_arrived[k + 1] = max(end, done[0][k + 1], arrived[-1][k + 1]) + transfer[k]
             now_done[k] = end + backward[k] + overhead
         arrived, done = [*arrived[1:], now_arrived], [*done[1:], now_done]
@@ -86,7 +86,7 @@ def gpipe(stage, stages, microbatches):
 
 
 def one_f_one_b(stage, stages, microbatches):
-    """In turn, after as many forward passes as fill the pipeline (Narayanan et al. 2019, arXiv 1806.03377)."""
+    """Both passes in turn once the pipeline is full (Narayanan et al. 2019, arXiv 1806.03377)."""
     ahead = min(stages - 1 - stage, microbatches)
     work = [("F", i) for i in range(ahead)]
     for i in range(microbatches):

@@ -19,17 +19,17 @@ def build_dgl(arch, num_classes, image_size, block_size=None, num_modules=None, 
     """The network `arch` as a DGLNet on images (B, 3, image_size, image_size).
 
     Args:
-        arch: vgg11, vgg13, vgg16, vgg19 and resnet18 to resnet152 are the paper's networks, cut as published; any
-            other name is torchvision's network, cut by `decouple`, and so is a ResNet that balances the memory.
-        block_size: of a published VGG, the number of convolutions in a module (1).
-        num_modules: of all others, K (2).
+        arch: vgg11, vgg13, vgg16, vgg19 and resnet18 to resnet152 are the paper's networks, cut as published. Any
+            other name is torchvision's network, cut by `decouple`; so is a ResNet with balance="memory".
+        block_size: for the published VGGs, the number of convolutions in a module (1).
+        num_modules: for all others, K (2).
         balance: see `decouple`.
         nlin, mlp: 1x1 convolutions and hidden layers of the auxiliary networks.
 
     Raises:
-        ValueError: no such architecture, or it cannot be cut like this, or not for images of this size.
+        ValueError: there is no such architecture, it cannot be cut like this, or it does not fit images of this size.
     """
-    check(arch)
+    check_name(arch)
     if arch in VGGS:
         if num_modules is not None or balance == "memory":
             wrong = "num_modules" if num_modules is not None else "balance"
@@ -50,7 +50,7 @@ def build_dgl(arch, num_classes, image_size, block_size=None, num_modules=None, 
 
 def count_modules(arch, block_size=None, num_modules=None):
     """The number of modules that `build_dgl` would make; ValueError if there is no such architecture."""
-    check(arch)
+    check_name(arch)
     return published.count_modules(arch, block_size or 1) if arch in VGGS else num_modules or 2
 
 
@@ -60,9 +60,9 @@ def build_plain(arch, num_classes, image_size):
     googlenet and inception_v3 come without their auxiliary classifiers.
 
     Raises:
-        ValueError: no such architecture, or not for images of this size.
+        ValueError: there is no such architecture, or it does not fit images of this size.
     """
-    check(arch)
+    check_name(arch)
     try:
         model = torchvisions(arch, num_classes, image_size)
         with one_line_error(model, image_size):
@@ -82,12 +82,12 @@ def torchvisions(arch, num_classes, image_size):
         options = {"input_size": (image_size, image_size)}
     try:
         return torchvision.models.get_model(arch, weights=None, num_classes=num_classes, **options)
-    except (AssertionError, ValueError) as error:  # of the transformers whose patches must fill the image
+    except (AssertionError, ValueError) as error:  # from transformers whose patches must fill the image
         reason = str(error).split("\n")[0]
         raise ValueError(f"it cannot be built for {image_size}-pixel images: {reason}") from None
 
 
-def check(arch):
+def check_name(arch):
     if arch not in ARCHITECTURES:
         near = difflib.get_close_matches(arch, ARCHITECTURES, 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "any classification model of torchvision is one"

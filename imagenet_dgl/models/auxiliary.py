@@ -23,10 +23,11 @@ def mlp_sr(channels, height, width, num_classes, nlin=3, num_hidden=3):
 
 
 def auxiliary_net(shape, num_classes, nlin=3, num_hidden=3, channels_last=False):
-    """The auxiliary network for a block's output, by its shape.
+    """The auxiliary network for a block's output of this shape.
 
-    (B, C, H, W): mlp-sr, at the true feature size; (B, H, W, C), if `channels_last`: the same behind a permutation.
-    (B, N, D), tokens: mlp of width D on the mean token, without convolutions. (B, D): mlp of width D.
+    - (B, C, H, W): mlp-sr, at the true feature size; (B, H, W, C) with `channels_last`: the same after a permutation.
+    - (B, N, D), tokens: an mlp of width D on the mean token.
+    - (B, D): an mlp of width D.
     """
     if len(shape) == 2:
         return mlp(shape[1], num_classes, num_hidden)

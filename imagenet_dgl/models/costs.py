@@ -1,4 +1,4 @@
-"""What a network costs, without computing anything: everything runs on the meta device, where tensors have no data."""
+"""What a network costs, without computing it: everything runs on the meta device, where tensors have no data."""
 
 import contextlib
 import copy
@@ -12,12 +12,12 @@ from torch.utils.flop_counter import flop_registry
 
 from .dgl_net import DGLNet
 
-BATCH = 2  # of the runs on the meta device: BatchNorm refuses to train on one value per channel
+BATCH = 2  # BatchNorm refuses to train on one value per channel
 
 
 def on_meta(module):
     """A copy of the module, in training mode and without the data of its parameters and buffers."""
-    memo = {}  # deepcopy takes what it finds here for already copied
+    memo = {}  # deepcopy uses what it finds here instead of copying
     for tensor in {*module.parameters(), *module.buffers()}:
         shape = torch.empty_like(tensor, device="meta")
         is_parameter = isinstance(tensor, nn.Parameter)
@@ -42,20 +42,20 @@ def one_line_error(model, image_size):
 
 
 class Meter(TorchDispatchMode):
-    """Counts, in a `with` block, FLOPs and the tensors that autograd saves for the backward pass.
+    """Counts the FLOPs of a `with` block, and the bytes that autograd saves in it for the backward pass.
 
-    FLOPs are those of torch.utils.flop_counter, whose own mode takes far longer with BatchNorm.
+    The FLOPs are torch.utils.flop_counter's, whose own mode is far slower with BatchNorm.
 
     Args:
-        module: its parameters and buffers are there anyway and do not count as saved.
+        module: its parameters and buffers exist anyway, so they do not count as saved.
     """
 
     def __init__(self, module):
         super().__init__()
         self.flops = 0
-        self.saved = {}  # bytes by storage, so that what is saved twice counts once
+        self.saved = {}  # bytes by storage: what is saved twice counts once
         self.present = {key(tensor) for tensor in itertools.chain(module.parameters(), module.buffers())}
-        self.keep = []  # a storage that is freed could be taken for the next one
+        self.keep = []  # a new storage could get the key of a freed one
         self.hooks = saved_tensors_hooks(self.pack, lambda _: None)
 
     def pack(self, tensor):
@@ -83,16 +83,16 @@ def key(tensor):
 
 
 def costs(model, image_size):
-    """What each module costs, without computing anything.
+    """What each module costs, without computing it.
 
     Args:
         model: a DGLNet, or any network (B, 3, image_size, image_size) -> logits, which is then one module.
 
     Returns:
-        for each module a dict: `parameters` and `auxiliary_parameters`; forward `flops` and `auxiliary_flops` an image
-        (of convolutions and matrix products, a multiply-add being two); `activations`, the bytes an image that the
-        module, auxiliary network included, keeps for its backward pass, its input included. The peak of DGL is the
-        largest of these, as a module frees its own before the next one runs.
+        a dict for each module, with `parameters` and `auxiliary_parameters`; `flops` and `auxiliary_flops`, of the
+        forward pass per image (convolutions and matrix products; a multiply-add counts as two); and `activations`, the
+        bytes per image that block and auxiliary network keep for their backward pass, input included. A module frees
+        them before the next one runs, so DGL's peak is the largest of them.
     """
     model = on_meta(model)
     x = meta_images(model, image_size)

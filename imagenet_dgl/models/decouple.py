@@ -1,7 +1,7 @@
 """Any network as a DGL network: cut where a single tensor crosses, so that the heaviest module is as light as possible.
 
-A network is traced to a list of operations in the order in which they run. Place p in this list is the one in front of
-operation p: a cut there makes operation p the first one of the next block.
+A network is traced to the list of its operations, in the order in which they run. A cut at place p of this list makes
+operation p the first one of the next block.
 """
 
 import inspect
@@ -21,22 +21,22 @@ REARRANGING = {"flatten", "movedim", "permute", "reshape", "swapaxes", "transpos
 def decouple(model, num_modules, num_classes, image_size, balance="flops", nlin=3, mlp=3):
     """Cut a network into `num_modules` modules and give each but the last one an auxiliary network.
 
-    Of all places where one tensor crosses, those are taken that make the heaviest module, its auxiliary network
-    included, as light as possible. The last auxiliary network is the model's own classifier: its last layer with
-    parameters, and what pools, drops or reshapes right before it. With one module nothing is added: DGL is backprop.
+    The cuts are the ones that make the heaviest module, its auxiliary network included, as light as possible. The last
+    auxiliary network is the model's own classifier: its last layer with parameters, and the pooling, dropout or
+    reshaping right before it. With one module nothing is added, and DGL is backprop.
 
     Args:
         model: images (B, 3, image_size, image_size) -> logits (B, num_classes), such as a torchvision classification
-            model or an `nn.Sequential`, on any device. Its parameters are used, not copied.
+            model or an `nn.Sequential`, on any device. The result shares its parameters.
         num_modules: K.
-        balance: what makes a module heavy: "flops", of its forward pass, or "memory", what it keeps for the backward
-            pass of a batch (parameters not included).
+        balance: what makes a module heavy: the "flops" of its forward pass, or the "memory" that it keeps for the
+            backward pass of a batch (without parameters).
         nlin, mlp: 1x1 convolutions and hidden layers of the auxiliary networks: mlp-sr for a representation
             (B, C, H, W) or (B, side, side, C), an mlp of width D on the mean token for (B, N, D), and on (B, D). The
-            hidden layers of mlp-sr have 4C units, which is a lot behind wide layers; they count in the balance.
+            hidden layers of mlp-sr have 4C units, which is a lot after wide layers. They count in the balance.
 
     Returns:
-        a DGLNet; its blocks, composed, and its last auxiliary network are the model, and parameters keep their names.
+        a DGLNet. Its blocks and its last auxiliary network, composed, are the model; parameters keep their names.
 
     Raises:
         ValueError: the model cannot be traced, does not make logits (B, num_classes) of such images, or cannot be cut
@@ -59,13 +59,13 @@ def decouple(model, num_modules, num_classes, image_size, balance="flops", nlin=
 
 
 class Tracer(fx.Tracer):
-    """Looks into modules, but not into layers, and not into those whose behaviour in training would be frozen.
+    """Looks into modules, but not into layers, nor into modules whose forward pass asks whether they are training.
 
     Args:
         deep: whether to look into other modules than nn.Sequential.
     """
 
-    proxy_buffer_attributes = True  # a buffer is read in the forward pass and not once while tracing
+    proxy_buffer_attributes = True  # a buffer is read in each forward pass, not once while tracing
 
     def __init__(self, deep):
         super().__init__()
@@ -103,10 +103,10 @@ def trace(model):
 
 
 class Network(fx.Interpreter):
-    """A model as a list of operations, with what each gives, costs and saves, and the places where it can be cut.
+    """A model as a list of operations: what each returns, costs and saves, and the places where it can be cut.
 
     Args:
-        make_net: from the shape of a representation, and whether its channels are last, to an auxiliary network.
+        make_net: (shape of a representation, whether its channels are last) -> auxiliary network.
     """
 
     def __init__(self, model, image_size, make_net):
@@ -123,11 +123,11 @@ class Network(fx.Interpreter):
             self.run(meta_images(self.module, image_size))
         self.dtype = next(self.module.parameters(), torch.empty(0)).dtype
         self.trains = {node: any(t.requires_grad for t in self.tensors(node)) for node in self.nodes}
-        self.layers = [0, *itertools.accumulate(self.trains.values())]  # with parameters, in front of a place
+        self.layers = [0, *itertools.accumulate(self.trains.values())]  # with parameters, before each place
         if not self.layers[-1]:
             raise ValueError(f"{type(model).__name__} has no parameters to train")
         places = self.possible_cuts()
-        # The classifier begins behind the last layer but one; if that is no place for a cut, behind an earlier one.
+        # The classifier begins after the last layer but one or, if that is no place for a cut, after an earlier one.
         self.head = max([1, *places], key=lambda p: (self.layers[p] < self.layers[-1], self.layers[p], -p))
         self.places = [p for p in places if 0 < self.layers[p] < self.layers[self.head]]
 
@@ -165,7 +165,7 @@ class Network(fx.Interpreter):
                 uses.setdefault(id(tensor), []).append(i)
         shared = {p for used in uses.values() for p in range(used[0] + 1, used[-1] + 1)}  # would be in two modules
         places = [p for p in self.versions if p not in shared and self.is_place(p)]
-        return list({self.crossing[p]: p for p in places}.values())  # of those that differ in nothing, the last
+        return list({self.crossing[p]: p for p in places}.values())  # the last of equivalent ones
 
     def is_place(self, p):
         value, producer = self.values[self.crossing[p]], self.crossing[p]
@@ -174,17 +174,17 @@ class Network(fx.Interpreter):
         if not (value.is_floating_point() and 2 <= value.dim() <= 4 and len(value) == BATCH and self.layout(p)):
             return False
         consumers = [user for user in producer.users if self.index[user] >= p]
-        # A layer keeps its normalisation and its activation
+        # Normalisation and activation stay with their layer
         if any(self.is_a(n, "activation") and self.name_of(n) != "multiheadattention" for n in consumers):
             return False
         layer = self.is_a(producer, "conv") or self.is_a(producer, "linear")
         return not (layer and any(self.is_a(n, "batchnorm") or self.is_a(n, "normalization") for n in consumers))
 
     def layout(self, p):
-        """The shape of what crosses and whether its channels are last, by the operations that follow; None if unclear.
+        """The shape of what crosses, and whether its channels are last, from the operations that follow.
 
-        Unclear are what is about to be rearranged, such as the windows (B, window, pixel, D) of an attention, and
-        tokens that are not last, (B, D, N).
+        None where it is unclear: before a rearrangement, as of an attention's windows (B, window, pixel, D), or with
+        tokens that are last, (B, D, N).
         """
         shape = self.values[self.crossing[p]].shape
         for node in self.nodes[p:] if len(shape) > 2 else []:
@@ -204,7 +204,7 @@ class Network(fx.Interpreter):
         return shape, False
 
     def name_of(self, node):
-        """Of the function, the method or the module's class, in lower case."""
+        """The name of the function, the method or the module's class, in lower case."""
         target = type(self.fetch_attr(node.target)) if node.op == "call_module" else node.target
         return getattr(target, "__name__", str(target)).lower().rstrip("_")
 
@@ -215,7 +215,7 @@ class Network(fx.Interpreter):
         return kind == "activation" and self.name_of(node) in ACTIVATIONS
 
     def best_cuts(self, num_modules, balance):
-        """The places of the num_modules - 1 cuts whose heaviest module is the lightest: dynamic programming."""
+        """The num_modules - 1 places whose heaviest module is the lightest, by dynamic programming."""
         largest = 1 + len({self.layers[p] for p in self.places})
         if not 1 <= num_modules <= largest:
             possible = f"1 to {largest} modules" if largest > 1 else "1 module only"
@@ -223,7 +223,7 @@ class Network(fx.Interpreter):
         if num_modules == 1:
             return []
         weights = self.weights(balance)
-        best = {1: (0, 0, [])}  # by place, for what is before it: heaviest module, sum of the modules, cuts
+        best = {1: (0, 0, [])}  # of what is before each place: heaviest module, sum of the modules, cuts
         for k in range(1, num_modules + 1):
             shorter, best = best, {}
             for b in self.places if k < num_modules else [self.end]:
@@ -238,7 +238,7 @@ class Network(fx.Interpreter):
         return best[self.end][2][:-1]
 
     def weights(self, balance):
-        """FLOPs, or bytes saved for the backward pass, of the module between any two places."""
+        """The FLOPs of the module between any two places, or the bytes that it saves for the backward pass."""
         nets, weights = {}, {}
         for p in self.places:
             layout = self.layout(p)
@@ -255,14 +255,14 @@ class Network(fx.Interpreter):
                         twice = key(x) in saved or not saves_input
                         weights[a, p] = sum(saved.values()) + nbytes + (0 if twice else x.untyped_storage().nbytes())
                 node = self.nodes[p]
-                # The module's input has no gradient: what is done to it before the first layer saves nothing
+                # The module's input needs no gradient, so nothing is saved before the first layer
                 if self.trains[node] or not with_gradient.isdisjoint(node.all_input_nodes):
                     with_gradient.add(node)
                     saved.update(self.saved[node])
         return weights
 
     def weigh_net(self, shape, channels_last):
-        """An auxiliary network's FLOPs, the bytes it saves besides its input, and whether it saves its input."""
+        """An auxiliary network's FLOPs, the bytes that it saves without its input, and whether it saves its input."""
         with torch.device("meta"):  # no random numbers are drawn
             net = self.make_net(shape, channels_last).to(self.dtype)
         x = torch.empty(shape, device="meta", dtype=self.dtype, requires_grad=True)

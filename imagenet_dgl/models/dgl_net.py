@@ -1,4 +1,4 @@
-"""What every DGL network here is: blocks, and as many auxiliary networks."""
+"""What every DGL network here is: blocks, and an auxiliary network for each."""
 
 from torch import nn
 
@@ -15,7 +15,7 @@ class DGLNet(nn.Module):
             )
 
     def forward(self, x, n, upto=False):
-        """Module n on its input x, or with `upto` on the images x: first blocks 0 to n-1, then module n.
+        """Module n on its input x. With `upto`, x is the images, and blocks 0 to n-1 run first.
 
         Returns:
             (logits of auxiliary net n (B, num_classes), output of block n (B, ...)).

@@ -16,7 +16,7 @@ RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
 
 
 def count_modules(arch, block_size):
-    """Of a VGG, before it is built."""
+    """The number of modules of a VGG, before it is built."""
     convolutions = sum(channels != "M" for channels in cfgs[VGGS[arch]])
     return math.ceil(convolutions / block_size)
 
@@ -24,7 +24,7 @@ def count_modules(arch, block_size):
 def vgg(arch, num_classes, image_size, block_size=1, nlin=3, mlp=3):
     """A module is `block_size` convolutions with BatchNorm and ReLU; what is left over is a last, smaller module.
 
-    A max-pool belongs to the convolution behind it, so the last one belongs to the classifier.
+    A max-pool belongs to the convolution after it, so the last one belongs to the classifier.
     """
     layers = [[]]  # of each convolution: [max-pool,] convolution, BatchNorm, ReLU
     for part in make_layers(cfgs[VGGS[arch]], batch_norm=True):
@@ -65,7 +65,7 @@ def resnet(arch, num_classes, image_size, num_modules=2, nlin=3, mlp=3):
     blocks = [nn.Sequential(*run) for run in runs(parts, math.ceil(len(parts) / num_modules))]
     nets = auxiliary_nets(blocks[:-1], num_classes, image_size, nlin, mlp)
     for part in nets:
-        initialise(part)  # the blocks come initialised like this, and one module must be torchvision's network
+        initialise(part)  # torchvision has initialised the blocks like this already
     return DGLNet(blocks, [*nets, nn.Sequential(net.avgpool, nn.Flatten(), net.fc)])
 
 
