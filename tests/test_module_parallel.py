@@ -142,6 +142,17 @@ def test_no_validation_image_can_be_read(tree, tmp_path, capfd, monkeypatch):
     assert "IndexError" not in err
 
 
+def test_a_screen_that_fails_does_not_end_the_run(tree, tmp_path):
+    flags = tree, *SMALL, "--nepochs", 1, "-p", 1, "--num-modules", 2, "--module-parallel"
+
+    def work(_):
+        sys.__stdout__ = open("/dev/full", "w", buffering=1)  # noqa: SIM115
+        return run(SCRIPT, *flags, cwd=tmp_path)[0]
+
+    assert fork_ranks(2, work, ranks) == [0, 0]
+    assert len(lines(tmp_path)) == 2
+
+
 def test_mistakes(tree, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ranks, "COUNT", 3)
     args = sys.modules["imagenet_dgl"].parse_args(["x", "--arch", "vgg13", "--block_size", "3", "--module-parallel"])
