@@ -119,7 +119,7 @@ def collate(items, fill=False):
         return torch.empty(0, 3, 1, 1), torch.empty(0), bad
     images, labels = zip(*itertools.islice(itertools.cycle(good), len(items) if fill else len(good)))
     batch, labels = torch.empty(len(images), *images[0].shape, dtype=images[0].dtype), torch.tensor(labels)
-    if get_worker_info():  # the queue's thread would do it, but its error would reach nobody, who would wait for ever
+    if get_worker_info():  # otherwise the queue's thread does it, and if it fails the main process waits for ever
         batch.share_memory_()
         labels.share_memory_()
     return torch.stack(images, out=batch), labels, bad
@@ -273,9 +273,8 @@ def load_images(args, device, pipeline):
         counts = f"{len(train)} training and {counts}"
     train_batches = Batches(args, Images(train, crop), device, generator, pipeline)
     val_batches = Batches(args, Images(val, centre), device, pipeline=pipeline)
-    check_shared_memory(
-        args.workers, args.batch_size // shares * 3 * size**2, max(len(train_batches), len(val_batches))
-    )
+    longest = max(len(train_batches), len(val_batches))
+    check_shared_memory(args.workers, args.batch_size // shares * 3 * size**2, longest, shares)
     return Data(train_batches, val_batches, len(train.classes), f"image folder, {counts}", train.classes)
 
 
@@ -283,17 +282,18 @@ def fail_at(root, error):
     utils.fail(f"{root} must have images in train/<class>/ and val/<class>/: {error}")
 
 
-def check_shared_memory(workers, batch, num_batches):
+def check_shared_memory(workers, batch, num_batches, shares):
     """End the program if the batches that workers prepare do not fit into the machine's shared memory.
 
     Args:
         batch: bytes of this rank's share of a batch.
         num_batches: of the longest pass.
+        shares: the number of ranks that load images.
     """
-    free, loaders = free_shared_memory(), min(ranks.COUNT, int(os.environ.get("LOCAL_WORLD_SIZE", ranks.COUNT)))
+    free, here = free_shared_memory(), min(shares, int(os.environ.get("LOCAL_WORLD_SIZE", shares)))
 
     def needed(workers):
-        return (min(PREFETCH * workers, num_batches) + 1) * batch * loaders  # and the one that is trained on
+        return (min(PREFETCH * workers, num_batches) + 1) * batch * here  # and the one that is trained on
 
     if workers and free is not None and needed(workers) > free:
         fits = next((j for j in range(workers - 1, 0, -1) if needed(j) <= free), 0)

@@ -108,7 +108,11 @@ class Run(utils.Run):
         elif args.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.writer = SummaryWriter(self.checkpoint.with_suffix(".tensorboard"), purge_step=self.epoch)
+            folder = self.checkpoint.with_suffix(".tensorboard")
+            try:
+                self.writer = SummaryWriter(folder, purge_step=self.epoch)
+            except OSError as error:
+                self.stop(f"Cannot write {folder}: {error.strerror}")
 
     def named(self, parts):
         """Parts by their names in a checkpoint; lists have an entry for each module that this rank trains."""
