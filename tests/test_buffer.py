@@ -717,7 +717,11 @@ def test_runs_end_with_a_sweep_that_is_killed_and_their_names_are_taken_until_th
     refused(run(SCRIPT, *flags, cwd=tmp_path), "is alive", tmp_path)
     process.kill()
     process.join()
-    wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    try:
+        wait_for(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+    finally:
+        if child.is_running():
+            child.kill()
 
 
 @pytest.mark.parametrize("failing", ["stdout", "disk"])
@@ -752,7 +756,7 @@ def start_sweep(cwd, monkeypatch, program, *flags, ignore=False):
         signal.signal(signal.SIGHUP, signal.SIG_IGN if ignore else signal.SIG_DFL)
         reader, writer = os.pipe()
         os.close(reader)
-        sys.stdout, status = os.fdopen(writer, "w"), 0
+        sys.stdout, status = os.fdopen(writer, "w", buffering=1), 0
         sys.stderr = (cwd / "stderr").open("w", buffering=1)
         try:
             sweeps.main([str(flag) for flag in ("--jobs", 1, "--", *FLAGS, *flags)])
