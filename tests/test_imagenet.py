@@ -914,7 +914,7 @@ def exact(monkeypatch):
 @both
 def test_two_ranks_equal_one(script, tree, tmp_path, exact):
     """Weights, momentum and log lines."""
-    shared = tree, *NETWORK, "-b", 8, "--nepochs", 1, "-p", 0, "--arch", "mobilenet_v3_small"
+    shared = tree, *NETWORK, "-b", 8, "--nepochs", 1, "-p", 0
     folders = tmp_path / "one", tmp_path / "two"
     for folder in folders:
         folder.mkdir()
