@@ -9,8 +9,10 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
+import matplotlib
 import psutil
 import pytest
 import torch
@@ -22,6 +24,7 @@ COMMON_NAMES = ("cifar", "dni", "models", "utils")  # modules that several folde
 
 
 def pytest_configure():
+    matplotlib.use("Agg")
     torch.set_num_threads(1)  # as the runs that are compared to the bit
 
 
@@ -120,6 +123,23 @@ def torchrun(*command, cwd, size=2, restarts=0, timeout=300, **environment):
         process.kill()
     assert not left, err
     return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+
+def notebook(path, monkeypatch, **environment):
+    """Run the code of a notebook here, without a kernel; its error, or None."""
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.chdir(path.parent)
+    names = {"__name__": "__main__"}
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # plt.show() without a screen
+        for cell in json.loads(path.read_text())["cells"]:
+            if cell["cell_type"] == "code":
+                try:
+                    exec("".join(cell["source"]), names)
+                except Exception as error:
+                    return error
+    return None
 
 
 # What a run leaves, and what it says

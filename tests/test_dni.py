@@ -10,7 +10,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, load, run
+from conftest import ROOT, load, notebook, run
 from torch import nn
 
 DEVICES = [
@@ -475,15 +475,23 @@ n: 3, epoch 2, loss: 1.59395, train top1:41.198 test top1:46.36000061035156
 """
 
 
+NOTEBOOK = FOLDER / "analyze_dni_compare.ipynb"
+
+
 @pytest.mark.parametrize("logs", ["committed", "published"])
-def test_the_notebook_runs(logs, tmp_path):
-    environment = {**os.environ, "PICTURE": str(tmp_path / "picture.png")}
+def test_the_notebook_runs(logs, tmp_path, monkeypatch):
+    environment = {"PICTURE": tmp_path / "picture.png"}
     if logs == "published":
         for variable in ("BACKPROP_LOG", "DNI_LOG", "CDNI_LOG", "DGL_LOG"):
-            environment[variable] = str(tmp_path / variable)
+            environment[variable] = tmp_path / variable
             (tmp_path / variable).write_text(PUBLISHED)
-    command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--output-dir", str(tmp_path)]
-    notebook = FOLDER / "analyze_dni_compare.ipynb"
-    done = subprocess.run([*command, notebook], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert notebook(NOTEBOOK, monkeypatch, **environment) is None
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("text", ["", PUBLISHED[:-3]], ids=["empty", "cut"])
+def test_the_notebook_names_a_log_that_is_not_whole(text, tmp_path, monkeypatch):
+    log = tmp_path / "the.log"
+    log.write_text(text)
+    error = notebook(NOTEBOOK, monkeypatch, PICTURE=tmp_path / "picture.png", DGL_LOG=log)
+    assert str(error).startswith(str(log))

@@ -1,13 +1,11 @@
 """The networks and the two training algorithms of learning_curves, and its notebook."""
 
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, load
+from conftest import ROOT, load, notebook, python
 from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICES = [
@@ -261,15 +259,31 @@ n: 2, epoch 2, loss: 1.33937, train top1:50.970 test top1:52.03
 """
 
 
+NOTEBOOK = ROOT / "learning_curves" / "LearningCurves.ipynb"
+
+
 @pytest.mark.parametrize("logs", ["committed", "published"])
-def test_the_notebook_runs(logs, tmp_path):
-    folder = ROOT / "learning_curves"
-    environment = {**os.environ, "PICTURE": str(tmp_path / "picture.png")}
+def test_the_notebook_runs(logs, tmp_path, monkeypatch):
+    environment = {"PICTURE": tmp_path / "picture.png"}
     if logs == "published":
         for variable in ("PARALLEL_LOG", "SEQUENTIAL_LOG"):
-            environment[variable] = str(tmp_path / variable)
+            environment[variable] = tmp_path / variable
             (tmp_path / variable).write_text(PUBLISHED)
-    command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--output-dir", str(tmp_path)]
-    done = subprocess.run([*command, folder / "LearningCurves.ipynb"], env=environment, capture_output=True, text=True)
+    assert notebook(NOTEBOOK, monkeypatch, **environment) is None
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("text", ["", "arguments: {}", PUBLISHED[:-3]], ids=["empty", "begun", "cut"])
+def test_the_notebook_names_a_log_that_is_not_whole(text, tmp_path, monkeypatch):
+    log = tmp_path / "the.log"
+    log.write_text(text)
+    error = notebook(NOTEBOOK, monkeypatch, PICTURE=tmp_path / "picture.png", SEQUENTIAL_LOG=log)
+    assert str(error).startswith(str(log))
+
+
+@pytest.mark.slow
+def test_the_notebook_runs_in_a_kernel(tmp_path):
+    command = ["-m", "nbconvert", "--to", "notebook", "--execute", "--output-dir", tmp_path, NOTEBOOK]
+    done = python(*command, cwd=tmp_path, env={**os.environ, "PICTURE": str(tmp_path / "picture.png")})
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "picture.png").stat().st_size > 10_000
