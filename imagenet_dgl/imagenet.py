@@ -15,13 +15,13 @@ Writes a log with a line an epoch, and a checkpoint to --resume from.
 
 import utils
 
-import runs
 import torch
 import torch.nn.functional as F
 
 import data
 import models
 import ranks
+import runs
 import training
 
 

@@ -27,7 +27,6 @@ import time
 
 import utils
 
-import runs
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -35,6 +34,7 @@ from torch import nn
 import data
 import models
 import ranks
+import runs
 import training
 from module_parallel import ModuleParallel
 

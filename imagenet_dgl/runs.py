@@ -17,8 +17,6 @@ import ranks
 from data import image_size
 from training import progress_bar, random_seed
 
-utils.MAY_DIFFER |= {"start_epoch", "workers"}  # between a checkpoint and the run that resumes it
-
 
 class Best:
     """The best test top-1 of the whole network so far."""

@@ -25,9 +25,10 @@ from torch import nn
 
 signal.signal(signal.SIGINT, on_ctrl_c)
 
-# Flags that a resumed run does not take from its checkpoint, and all that may differ from the checkpoint's
+# Flags of this start alone, which --resume does not take from the checkpoint; and all that may differ from it
 HERE = {"compile", "evaluate", "module_parallel", "no_cuda", "profile", "resume", "save_folder", "script", "threads"}
-MAY_DIFFER = HERE | {"data", "epochs", "log_interval", "print_freq", "skip_corrupt", "tensorboard", "test_batch_size"}
+HERE |= {"log_interval", "print_freq", "skip_corrupt", "tensorboard", "workers"}
+MAY_DIFFER = HERE | {"data", "epochs", "start_epoch", "test_batch_size"}
 
 
 def fail(message):
@@ -111,13 +112,13 @@ def on_interrupt(message):
             return sys.__excepthook__(kind, error, traceback)
         print(f"\n{message}", file=sys.stderr)
 
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.excepthook = hook
 
 
 def setup(args):
     """Seed torch, set its threads and float32 precision, and return the device to train on."""
     sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     on_interrupt("Interrupted before this run finished an epoch.")
     torch.manual_seed(args.seed)
     if args.threads:
