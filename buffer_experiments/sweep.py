@@ -154,8 +154,9 @@ def main(argv=None):
         checkpoint(runs[name]).unlink(missing_ok=True)
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them complete already")
     utils.on_interrupt("Interrupted; the same command goes on from here.")
-    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # as nohup sets it
-        signal.signal(signal.SIGHUP, signal.default_int_handler)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, signal.default_int_handler)
     try:
         with tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", disable=None) as bar:
             for name, status, errors in run_all(todo, args.jobs):

@@ -348,6 +348,7 @@ def disturbed(faults, tree, *flags, cwd, restarts=0):
     return done.returncode, done.stderr, time.monotonic() - begin
 
 
+@pytest.mark.slow
 def test_restarts_end_with_the_weights_of_an_undisturbed_run(whole, tree, tmp_path):
     """A rank that is killed is named; the job goes on from the last checkpoint by itself."""
     flags = "--nepochs", 4, "--num-modules", 2, "--epochdecay", 2
