@@ -42,7 +42,7 @@ import transport
 from buffer import SAMPLINGS, Buffer, ProductQuantizer, available_memory, groups_and_codewords
 from models import add_network_flags, check_network_flags, make_network
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # --precision; otherwise float32
 
 
 def parse_args(argv=None):
@@ -119,7 +119,7 @@ class Received:
     def __init__(self, args, shape, device, team):
         size, sampling = max(args.buffer, 1), (args.buffer_sampling, args.max_buffer_reuse, args.seed)
         quantizer = args.quantize and ProductQuantizer(shape[0], *args.quantize).to(device)  # only to decode
-        dtype = DTYPES[args.precision]
+        dtype = DTYPES.get(args.precision, torch.float32)
         ring = 1 if args.sync else size
         self.buffer = Buffer(ring, args.batch_size, shape, device, dtype, quantizer, *sampling)
         self.queue = queue.SimpleQueue() if args.sync else None

@@ -70,7 +70,7 @@ def parse_args(argv=None):
 def make_buffers(args, shapes, device):
     """A buffer after each layer but the last. A run that would not fit in memory ends here."""
     size, sampling = max(args.buffer, 1), (args.buffer_sampling, args.max_buffer_reuse, args.seed)
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[args.precision]
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision, torch.float32)
 
     def make(device):
         for shape in shapes[:-1]:
