@@ -13,7 +13,6 @@ resolution, then an mlp), mlp, or cnn (3x3 convolutions at full resolution).
 Writes a log with a line a module and epoch, and a checkpoint to --resume from. AuxiliaryNets.ipynb draws the logs.
 """
 
-import argparse
 import math
 
 import utils
@@ -27,17 +26,6 @@ from tqdm import tqdm
 import cifar
 
 
-def fraction(text):
-    """An argparse type: a number from 0 to 1."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
-
-
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
@@ -47,12 +35,14 @@ def parse_args(argv=None):
     parser.add_argument("--feature_size", type=utils.at_least(1), default=128, help="channels of the first layer")
     parser.add_argument("--flops", action="store_true", help="print parameters and FLOPs of each module, and end")
     parser.add_argument("--loss", choices=["pred", "predsim"], default="pred", help="of all modules but the last")
-    parser.add_argument("--beta", type=fraction, default=0.99, help="share of the similarity loss in predsim")
+    parser.add_argument("--beta", type=utils.at_least(0, float), default=0.99, help="share of the similarity loss in predsim")
     parser.add_argument("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     parser.add_argument("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     parser.add_argument("--epochs", type=utils.at_least(1), default=50, help="passes over the training set")
     parser.add_argument("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
     args = parser.parse_args(argv)
+    if args.beta > 1:
+        parser.error(f"--beta {args.beta} is not a share from 0 to 1")
     if args.block_size > args.depth:
         parser.error(f"--block_size {args.block_size} is more than the network's {args.depth} layers")
     return args

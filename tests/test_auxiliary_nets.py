@@ -205,7 +205,7 @@ def test_predsim_in_16_bits(precision):
         (["--type_aux", "vgg"], ["vgg", "mlp-sr"]),
         (["--block_size", 7], ["--block_size 7", "6 layers"]),
         (["--beta", "1.5"], ["--beta", "from 0 to 1"]),
-        (["--beta", "much"], ["--beta", "from 0 to 1"]),
+        (["--beta", "much"], ["--beta", "a number of at least 0"]),
     ],
 )
 def test_mistakes(flags, parts, tmp_path):
