@@ -35,7 +35,9 @@ def parse_args(argv=None):
     parser.add_argument("--feature_size", type=utils.at_least(1), default=128, help="channels of the first layer")
     parser.add_argument("--flops", action="store_true", help="print parameters and FLOPs of each module, and end")
     parser.add_argument("--loss", choices=["pred", "predsim"], default="pred", help="of all modules but the last")
-    parser.add_argument("--beta", type=utils.at_least(0, float), default=0.99, help="similarity loss's share in predsim")
+    parser.add_argument(
+        "--beta", type=utils.at_least(0, float), default=0.99, help="similarity loss's share in predsim"
+    )
     parser.add_argument("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     parser.add_argument("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     parser.add_argument("--epochs", type=utils.at_least(1), default=50, help="passes over the training set")
