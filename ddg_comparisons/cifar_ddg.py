@@ -2,7 +2,7 @@
 
 DDG (Huo et al. 2018, arXiv 1804.10574): the network is cut into K modules. Module k, from 1, backpropagates K-k
 iterations late, so that it need not wait for the modules above; its graphs, and the weights they were made with, are
-kept till then. Simulated in one process. cifar_features_replay.py keeps the inputs only; cifar_dgl.py, nothing.
+kept until then. Simulated in one process. cifar_features_replay.py keeps only the inputs; cifar_dgl.py keeps nothing.
 
     python cifar_ddg.py                              # CIFAR-10, downloaded to ./data if missing; 300 epochs
     python cifar_ddg.py --num_splits 4               # four modules
@@ -54,7 +54,7 @@ class Graph:
         self.output = functional_call(block, {**self.weights, **(buffers or {})}, (x,))
 
     def backward(self, gradient):
-        """Give the block's parameters their gradients, and x its own; `gradient`: of the loss by the output."""
+        """Set the gradients of the block's parameters and of x, given the loss gradient with respect to the output."""
         self.output.backward(gradient.to(self.output.dtype))
         for p, w in zip(self.block.parameters(), self.weights.values()):
             p.grad = w.grad
@@ -64,7 +64,7 @@ class Delays:
     """What waits from one iteration to the next, by module, the last one excepted.
 
     graphs: the forward passes without a backward pass yet, oldest first: K-k of module k.
-    gradients: of the loss by the output of the oldest one; None in a module's first K-k iterations.
+    gradients: of the loss with respect to the oldest one's output; None in a module's first K-k iterations.
     """
 
     def __init__(self, model, autocast):
@@ -77,7 +77,7 @@ class Delays:
         return {"inputs": inputs, "weights": weights, "gradients": self.gradients}
 
     def load_state_dict(self, state):
-        """The graphs are made anew from inputs and weights: equal, on a CPU to the bit, to those that were lost."""
+        """Rebuild the graphs from inputs and weights. On a CPU they equal the lost ones to the bit."""
         for n, (block, gradient) in enumerate(zip(self.blocks, state["gradients"], strict=True)):
             device, self.graphs[n] = next(block.parameters()).device, []
             self.gradients[n] = gradient if gradient is None else gradient.to(device)
@@ -105,7 +105,7 @@ def train_epoch(model, optimizers, scalers, autocast, batches, meter, delays, lo
     model.train()
     last, one = len(model.blocks) - 1, torch.ones((), device=batches.device)
     for i, (images, labels) in enumerate(tqdm(batches, disable=None, leave=False), start=1):
-        # Forward: all modules on this batch, with the weights of now.
+        # Forward: all modules on this batch, with their current weights.
         x = images
         for block, graphs in zip(model.blocks[:last], delays.graphs):
             with autocast:
@@ -114,8 +114,8 @@ def train_epoch(model, optimizers, scalers, autocast, batches, meter, delays, lo
         with autocast:
             logits = model.blocks[last](x)
             loss = F.cross_entropy(logits, labels)
-        # Backward: the last module on this batch; module n on an older one, with the gradient by its output that
-        # module n+1 found one iteration ago. None looks at another's new weights: the order is free.
+        # Backward: the last module on this batch. Module n works on an older one, with the gradient that module n+1
+        # computed one iteration ago. No module reads another's new weights, so the order is free.
         given, delays.gradients = delays.gradients, [None] * last
         for n in reversed(range(last + 1)):
             scale = scalers[n].scale(one)  # 1 but in fp16: gradients travel unscaled, each module has its own scale

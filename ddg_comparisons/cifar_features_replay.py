@@ -45,7 +45,7 @@ class Delays:
     """What waits from one iteration to the next, by module, the last one excepted.
 
     inputs: those of the batches without a backward pass yet, oldest first: K-k of module k.
-    gradients: of the loss by the output for the oldest one; None in a module's first K-k iterations.
+    gradients: of the loss with respect to the oldest one's output; None in a module's first K-k iterations.
     """
 
     def __init__(self, model):
@@ -63,7 +63,7 @@ class Delays:
 
 
 def replay(block, x):
-    """The block's output on x, with its weights of now; its running statistics, which counted x in the play, stay."""
+    """The block's output on x with its current weights. Its running statistics stay: they counted x in the play."""
     return functional_call(block, {name: b.clone() for name, b in block.named_buffers()}, (x,))
 
 
@@ -92,8 +92,8 @@ def train_epoch(model, optimizers, scalers, autocast, batches, meter, delays, lo
         with autocast:  # the last module needs no replay: its gradient is there at once
             logits = model.blocks[last](x)
             loss = F.cross_entropy(logits, labels)
-        # Replay and backward: the last module on this batch; module n on an older one, with this iteration's weights
-        # and the gradient by its output that module n+1 found one iteration ago. None looks at another's new weights:
+        # Replay and backward: the last module on this batch. Module n replays an older one with its current weights,
+        # and takes the gradient that module n+1 computed one iteration ago. No module reads another's new weights, so
         # the order is free.
         given, delays.gradients = delays.gradients, [None] * last
         for n in reversed(range(last + 1)):

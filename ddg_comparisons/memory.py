@@ -3,7 +3,7 @@
     python memory.py                                      # ResNet-110, K = 2 and 4; some minutes on a CPU
     python memory.py --depth 20 --num_splits 3 --no-cuda
 
-Runs each script's own train_epoch on random images till the delays are full, counts in the iteration after that, and
+Runs each script's own train_epoch on random images until the delays are full, counts in the iteration after that, and
 prints a Markdown table in MiB. Activations are what autograd keeps (torch.autograd.graph.saved_tensors_hooks) and the
 inputs that wait in FR, each storage once; weights and running statistics are not among them.
 """
@@ -74,7 +74,7 @@ class Activations:
 
 
 class RandomBatches:
-    """`number` batches of the same random images; calls `before` before and `after` behind each iteration."""
+    """`number` batches of the same random images; calls `before` before each iteration and `after` after it."""
 
     def __init__(self, number, size, device, before, after):
         self.number, self.device, self.before, self.after = number, device, before, after

@@ -1,7 +1,7 @@
 """Backprop, DNI and cDNI on CIFAR-10 (Section 5.1, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
 
 The CNN of the DNI paper (Jaderberg et al. 2017, arXiv 1608.05343), trained end to end, or with a decoupled neural
-interface behind each of its three blocks, whose synthetic gradients may be conditioned on the labels (cDNI).
+interface after each of its three blocks. Its synthetic gradients may be conditioned on the labels (cDNI).
 cifar_dgl.py trains the same network by DGL; analyze_dni_compare.ipynb compares the four.
 
     python cifar_cnn_dni.py                    # backprop on CIFAR-10, downloaded to ./data if missing; 2000 epochs
@@ -32,7 +32,7 @@ def parse_args(argv=None):
     add("--epochs", type=utils.at_least(1), default=2000, help="passes over the training set")
     add("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
     add("--log-interval", type=utils.at_least(0), default=0, help="batches between losses printed; 0: none")
-    add("--dni", action="store_true", help="an interface with synthetic gradients behind each block")
+    add("--dni", action="store_true", help="an interface with synthetic gradients after each block")
     add("--context", action="store_true", help="with --dni: condition synthetic gradients on the labels (cDNI)")
     add("--sgd", action="store_true", help="SGD 0.01, momentum 0.9, weight decay 1e-5 instead of Adam 3e-5")
     args = parser.parse_args(argv)

@@ -52,7 +52,7 @@ class Synthesizer(nn.Module):
 
 
 class CNN(nn.Module):
-    """The network for end-to-end training or, with `interfaces`, for DNI: one behind each of the three blocks.
+    """The network for end-to-end training or, with `interfaces`, for DNI: one after each of the three blocks.
 
     With `context`, the synthesizers need one-hot labels (B, num_classes): see `dni.synthesizer_context`.
     """

@@ -25,7 +25,7 @@ def mlp(channels, num_classes, num_hidden=3):
 
 
 def mlp_sr(channels, side, num_classes):
-    """Auxiliary network `mlp-sr`: `mlp` behind three 1x1 convolutions at a quarter of the resolution."""
+    """Auxiliary network `mlp-sr`: three 1x1 convolutions at a quarter of the resolution, then `mlp`."""
     net = [nn.AdaptiveAvgPool2d(math.ceil(side / 4))]
     for _ in range(3):
         net += [nn.Conv2d(channels, channels, 1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]

@@ -148,7 +148,7 @@ def test_the_shortcut_is_every_second_pixel_and_zeros():
     same = models.BasicBlock(2, 2).eval()
     nn.init.zeros_(same.residual[3].weight)
     assert torch.equal(same(x), x)
-    assert torch.equal(same(-x), torch.zeros_like(x))  # ReLU behind the sum
+    assert torch.equal(same(-x), torch.zeros_like(x))  # ReLU after the sum
 
 
 def test_a_block_equals_the_formula_and_leaves_its_input():
@@ -308,10 +308,10 @@ class Linears(nn.Module):
 
 
 def by_numpy(weights, batches, stale, momentum=0.9, lr=0.01, decay=5e-4):
-    """DDG (stale weights) or FR (weights of now) on linear modules, as the definition says; weights after each step.
+    """DDG (stale weights) or FR (current weights) on linear modules, as the definition says; weights after each step.
 
-    At iteration t (from 0) module k (from 0, of 3) takes batch s = t - (2 - k), if there is one. The gradient by its
-    output on batch s is that which module k+1 found one iteration ago, when it took batch s.
+    At iteration t (from 0) module k (from 0, of 3) takes batch s = t - (2 - k), if there is one. The gradient
+    with respect to its output on batch s comes from module k+1, which took that batch one iteration ago.
     """
     weights, history = [(w.copy(), b.copy()) for w, b in weights], []
     velocity = [(np.zeros_like(w), np.zeros_like(b)) for w, b in weights]
@@ -341,7 +341,7 @@ def by_numpy(weights, batches, stale, momentum=0.9, lr=0.01, decay=5e-4):
 
 
 class OneByOne:
-    """Batches, with a call of `after` behind each iteration."""
+    """Batches, with a call of `after` after each iteration."""
 
     def __init__(self, batches, after=lambda: None, device="cpu"):
         self.batches, self.after, self.device = batches, after, torch.device(device)
@@ -383,7 +383,7 @@ def distance(steps, expected):
 @pytest.mark.parametrize("plain", [True, False], ids=["plain", "nesterov"])
 @delayed
 def test_three_modules_equal_the_definition_in_numpy(method, plain):
-    """The learning rate is large, so that stale weights differ from those of now."""
+    """The learning rate is large, so that stale weights differ from current ones."""
     steps, start, batches = linear_run(method, lr=0.5, plain=plain)
     settings = {"lr": 0.5, "momentum": 0, "decay": 0} if plain else {"lr": 0.5}
     expected = by_numpy(start, batches, stale=method == "ddg", **settings)

@@ -367,7 +367,7 @@ def test_synthesizer(side):
 def test_every_parameter_is_trained(flags, device):
     model, optimizer, *others = make(cnn, flags, device)
     before = [p.clone() for p in model.parameters()]
-    for _ in range(2):  # behind weights of zero there is no gradient in the first step
+    for _ in range(2):  # weights of zero pass no gradient on in the first step
         cnn.train_epoch(model, optimizer, *others, 10 if "--context" in flags else None)
     assert all(p.grad is not None for p in model.parameters())
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters()))

@@ -118,7 +118,7 @@ class BidirectionalInterface(nn.Module):
         self.backward_interface = BackwardInterface(backward_synthesizer)
 
     def receive(self, trigger):
-        """For the part behind: a synthetic message, whose real gradient trains the backward synthesizer."""
+        """A synthetic message for the next part. Its real gradient trains the backward synthesizer."""
         return self.backward_interface.make_trigger(self.forward_interface.receive(trigger))
 
     def send(self, message, trigger):

@@ -12,7 +12,7 @@ class BasicSynthesizer(nn.Module):
         output_dim: features of the message.
         n_hidden: number of hidden layers; 0: linear.
         hidden_dim, trigger_dim: features of the hidden layers and of the trigger; `output_dim` by default.
-        context_dim: features of the context, a layer of its own added to the first; None: the context is not used.
+        context_dim: features of the context, whose own linear layer is added to the first; None: no context.
     """
 
     def __init__(self, output_dim, n_hidden=0, hidden_dim=None, trigger_dim=None, context_dim=None):
