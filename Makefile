@@ -11,11 +11,12 @@ endif
 
 demo: $(ENVIRONMENT)
 	@echo "Parallel DGL and sequential greedy training, side by side: about a minute on two cores."
-	rm -rf demo
+	@rm -rf demo
 	@$(MAKE) --no-print-directory --jobs 2 parallel sequential
-	PARALLEL_LOG="$$(echo "$$PWD"/demo/*cifar_dgl-demo.log)" PICTURE="$$PWD/demo/learning_curves.png" \
+	@PARALLEL_LOG="$$(echo "$$PWD"/demo/*cifar_dgl-demo.log)" PICTURE="$$PWD/demo/learning_curves.png" \
 	SEQUENTIAL_LOG="$$(echo "$$PWD"/demo/*cifar_sequential_greedy-demo.log)" \
-	$(PYTHON) -m nbconvert --log-level WARN --to notebook --execute --output-dir demo learning_curves/LearningCurves.ipynb
+	$(PYTHON) -m nbconvert --log-level WARN --to notebook --execute --output-dir demo learning_curves/LearningCurves.ipynb \
+	2> >(grep -v IPKernelApp >&2)  # its warning that the kernel listens on this machine
 	@echo; echo "Logs and picture:"; ls demo/*.log demo/*.png
 
 DEMO := --data digits --train-size 500 --batch-size 40 --lr 0.01 --epochs 6 --threads 1 --save_folder demo --name demo
@@ -36,7 +37,9 @@ lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff format --check
 
 utils:  # utils.py and cifar.py, from the folder that has the new version: make utils FROM=learning_curves
-	for copy in $(filter-out $(FROM:/=)/%,$(COPIES)); do cp $(FROM:/=)/$$(basename $$copy) $$copy || exit 1; done
+	for new in $(wildcard $(FROM:/=)/utils.py $(FROM:/=)/cifar.py); do \
+	for copy in $(filter-out $(FROM:/=)/%,$(COPIES)); do \
+	if [ $$(basename $$copy) = $$(basename $$new) ]; then cp $$new $$copy || exit 1; fi; done; done
 
 .venv/complete: requirements.txt
 	@python3 -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python 3.10 or newer is needed")'

@@ -10,7 +10,7 @@ resolution, then an mlp), mlp, or cnn (3x3 convolutions at full resolution).
     python cifar_dgl.py --loss predsim     # beyond the paper: local losses with similarity matching
     python cifar_dgl.py --data digits      # handwritten digits, no download
 
-Writes a log with a line a module and epoch, and a checkpoint to --resume from. AuxiliaryNets.ipynb draws the logs.
+Writes a log with one line per module and epoch, and a checkpoint to --resume from. AuxiliaryNets.ipynb draws the logs.
 """
 
 import math

@@ -1,11 +1,11 @@
 """What every script needs around its algorithm: flags, screen, device, log and checkpoint.
 
-Every folder has a copy of it and runs when it is copied away alone. Change one, and `make utils FROM=<folder>`.
-"""
+Every folder has its own copy, so that it runs when copied away alone. After changing one: make utils FROM=<folder>."""
 
 import argparse
 import contextlib
 import ctypes
+import errno
 import fcntl
 import json
 import math
@@ -21,20 +21,18 @@ from pathlib import Path
 on_ctrl_c = signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback during the imports, which take seconds
 import torch
 import torchvision
-from torch import nn
 
 signal.signal(signal.SIGINT, on_ctrl_c)
 
-# Flags of this start alone, which --resume does not take from the checkpoint; and all that may differ from it
-HERE = {"compile", "evaluate", "module_parallel", "no_cuda", "profile", "resume", "save_folder", "script", "threads"}
-HERE |= {"log_interval", "print_freq", "skip_corrupt", "tensorboard", "workers"}
-MAY_DIFFER = HERE | {"data", "epochs", "start_epoch", "test_batch_size"}
+# Flags of this start alone, which --resume does not take from the checkpoint; and all that may differ from its own
+HERE = {"compile", "no_cuda", "resume", "save_folder", "script", "threads"}
+MAY_DIFFER = HERE | {"data", "epochs", "log_interval", "test_batch_size"}
 
 
 def fail(message):
     """End the program because of a user's mistake: one line on stderr, exit status 2."""
     if os.environ.get("RANK", "0") != "0":
-        time.sleep(10)  # all ranks find most mistakes: rank 0 reports them, and torchrun ends the others meanwhile
+        time.sleep(10)  # most mistakes are found by all ranks: rank 0 reports them, and torchrun ends the others
     print(f"{Path(sys.argv[0]).name}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 
@@ -60,20 +58,21 @@ class ArgumentParser(argparse.ArgumentParser):
             return action.help if str(action.default) in ("None", "False", "") else super()._get_help_string(action)
 
     def __init__(self, file, doc):
-        script, self.error = Path(file).resolve(), lambda message: fail(f"{message} (see --help)")
+        script = Path(file).resolve()
         super().__init__(script.name, description=doc, formatter_class=self.Formatter, allow_abbrev=False)
         self.set_defaults(script=f"{script.parent.name}/{script.stem}")
         add = self.add_argument_group("flags of all scripts").add_argument
-        add("--name", default="", help="becomes part of the names of log and checkpoint")
-        add("--save_folder", default=".", help="for log and checkpoint")
-        add("--resume", metavar="CHECKPOINT", help="go on from it; auto: from this run's last one, if there is one")
+        add("--name", default="", help="added to the names of log and checkpoint")
+        add("--save_folder", default=".", help="folder for log and checkpoint")
+        add("--resume", metavar="CHECKPOINT", help="continue from it; auto: from this run's last one, if there is one")
         add("--no-cuda", action="store_true", help="use the CPU even if there is a GPU")
         add("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="of the forward passes")
         add("--compile", action="store_true", help="torch.compile the network (needs a C++ compiler)")
         add("--threads", type=at_least(1), help="CPU threads (default: torch's choice)")
 
     def parse_args(self, argv=None):
-        """argparse's; with `--resume CHECKPOINT`, flags that are not given have the checkpoint's values."""
+        """With `--resume CHECKPOINT`, flags that are not given have the checkpoint's values."""
+        on_interrupt("Interrupted before this run finished an epoch.")
         args = super().parse_args(argv)
         if args.resume == "auto":
             args.resume = str(checkpoint_path(args)) if checkpoint_path(args).exists() else None
@@ -86,9 +85,12 @@ class ArgumentParser(argparse.ArgumentParser):
             self.error(f"--name {args.name} cannot be part of a file name; --save_folder chooses the folder")
         return args
 
+    def error(self, message):
+        fail(f"{message} (see --help)")
+
 
 class Screen:
-    """A standard stream that may fail (closed, its terminal gone, a full disk): the log file is what counts."""
+    """A standard stream that may fail (closed, terminal gone, disk full): the log file is what counts."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
@@ -97,7 +99,7 @@ class Screen:
         try:
             self.stream.write(text)
             self.stream.flush()
-        except OSError:  # from now on it leads nowhere
+        except OSError:  # discard all further output
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
 
     def __getattr__(self, name):
@@ -119,11 +121,10 @@ def setup(args):
     """Seed torch, set its threads and float32 precision, and return the device to train on."""
     sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
-    on_interrupt("Interrupted before this run finished an epoch.")
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
-    if platform.libc_ver()[0] == "glibc":  # keep freed memory: new pages for large tensors take a tenth of the time
+    if platform.libc_ver()[0] == "glibc":  # keep freed memory: getting it again costs a tenth of the running time
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX
         ctypes.CDLL(None).mallopt(-1, -1)  # M_TRIM_THRESHOLD
     torch.backends.cudnn.benchmark = True
@@ -136,9 +137,9 @@ def to_device(model, args, device):
     if args.compile:
         if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             fail("--compile needs a C++ compiler, and g++ is not there: install it, or name another one in CXX")
-        torch._dynamo.config.recompile_limit = 64  # of one nn.Sequential.forward, which all parts share
+        torch._dynamo.config.recompile_limit = 64  # all parts share one nn.Sequential.forward
         for child in model.children():
-            for part in child if isinstance(child, nn.ModuleList) else [child]:
+            for part in child if isinstance(child, torch.nn.ModuleList) else [child]:
                 part.compile()
     return model.to(device, memory_format=torch.channels_last)
 
@@ -150,17 +151,19 @@ def autocast(args, device):
 
 
 def checkpoint_path(args):
-    """<save_folder>/<folder>-<script>[-<name>].pt, which no other script and no other name has."""
+    """<save_folder>/<folder>-<script>[-<name>].pt, unique to this script and --name."""
     return Path(args.save_folder, "-".join(filter(None, [*Path(args.script).parts, args.name])) + ".pt")
 
 
 def save(state, path):
-    """torch.save that leaves the old file or the whole new one, and nothing else, whenever it is interrupted."""
+    """torch.save that never leaves part of a file: interrupted, it leaves the old file or the whole new one."""
     temporary = path.with_name(f"{path.name}.tmp")
     try:
         with temporary.open("wb") as file:
             torch.save(state, file)
         temporary.replace(path)
+    except RuntimeError as error:  # torch's own, which hides its cause: a full disk, Ctrl-C
+        raise error.__context__ or error from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -170,12 +173,12 @@ def load_checkpoint(path, script):
     try:
         damaged = zipfile.ZipFile(path).testzip()  # torch.load does not compare the checksums
         state = None if damaged else torch.load(path, map_location="cpu", weights_only=True)
-        made_by, _ = Path(state["arguments"]["script"]).name, state["log"]
+        made_by, _ = state["arguments"]["script"], state["log"]  # which a Run has
     except FileNotFoundError:
         fail(f"there is no checkpoint {str(path)!r}")
     except Exception as error:
         fail(f"{path} is damaged, or not a checkpoint of these scripts ({type(error).__name__})")
-    if made_by != Path(script).name:
+    if made_by != script:
         fail(f"{path} is a checkpoint of {made_by}.py")
     return state
 
@@ -183,24 +186,20 @@ def load_checkpoint(path, script):
 class Run:
     """Log and checkpoint of a training run, or, with --resume, of its continuation.
 
-    The checkpoint is written after every epoch. On a CPU with the same number of threads, a run that was stopped at any
-    moment and resumed ends with the log and the weights of one that was not.
+    The checkpoint is written after every epoch. A run that is stopped at any moment and resumed ends with the same log
+    and weights as one that was not, on a CPU with the same number of threads.
 
     `parts` is all that training changes, by name (the network as `model`): objects with a state_dict, or lists of them.
-    `fixed` are flags that this script's checkpoints depend on, although other scripts' do not.
     """
 
-    def __init__(self, args, data, fixed=(), **parts):
+    def __init__(self, args, data, fixed=(), **parts):  # fixed: further flags that may not differ
         self.args, self.data, self.epoch, self.last_checkpoint, self.parts = args, data, 0, None, {}
         for name, part in parts.items():
             self.parts |= {f"{name}.{i}": p for i, p in enumerate(part)} if isinstance(part, list) else {name: part}
-        self.checkpoint, self.fixed = checkpoint_path(args), fixed
+        self.checkpoint, self.fixed, self.log_length = checkpoint_path(args), fixed, 0
         self.log_file = self.checkpoint.with_name(f"{time.strftime('%Y%m%d-%H%M%S')}_{self.checkpoint.stem}.log")
         self.lock()
-        if args.resume:
-            self.load(args.resume)
-        else:
-            self.begin()
+        self.load(args.resume) if args.resume else self.begin()
         print(f"log: {self.log_file}\ncheckpoint: {self.checkpoint}")
 
     def lock(self):
@@ -212,10 +211,10 @@ class Run:
         except BlockingIOError:
             fail(f"a run that writes {self.checkpoint} is alive: wait for it, or choose another --name")
         except OSError as error:
-            fail(f"cannot write to --save_folder: {error}")
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # a file system without locks
+                fail(f"cannot write to --save_folder: {error}")
 
     def begin(self):
-        """Describe the run in its log."""
         device, model = self.data.train.device, self.parts["model"]
         chip = torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
         versions = (
@@ -229,8 +228,9 @@ class Run:
 
     def log(self, line):
         try:
-            with self.log_file.open("a") as file:
-                file.write(f"{line}\n")
+            with self.log_file.open("ab") as file:
+                file.write(f"{line}\n".encode())
+                self.log_length = file.tell()
         except OSError as error:
             self.stop(f"Cannot write {self.log_file}: {error.strerror}")
         print(line)
@@ -257,7 +257,7 @@ class Run:
             "arguments": vars(self.args),
             "data": self.data.description,
             "epoch": self.epoch,
-            "log": [self.log_file.name, self.log_file.stat().st_size],
+            "log": [self.log_file.name, self.log_length],
             "generator": self.data.train.generator.get_state(),
             "parts": {name: part.state_dict() for name, part in self.parts.items()},
         }
@@ -267,15 +267,15 @@ class Run:
     def write(self, state, path):
         try:
             save(state, path)
-        except (OSError, RuntimeError) as error:  # torch's own error hides its cause
-            self.stop(f"Cannot write {path}: {error.__context__ or error}")
+        except (OSError, RuntimeError) as error:
+            self.stop(f"Cannot write {path}: {error}")
 
     def load(self, path):
         """Set everything to the state of a checkpoint, and cut the log to its length at the time."""
         state = load_checkpoint(path, self.args.script)
         for flag in sorted(vars(self.args).keys() - MAY_DIFFER.difference(self.fixed)):
             if (was := state["arguments"].get(flag)) != (now := getattr(self.args, flag)):
-                fail(f"{path} was made with --{flag.replace('_', '-')} {was!r}; in this run it is {now!r}")
+                fail(f"{path} was made with {flag} {was!r}; in this run it is {now!r}")
         if state["data"] != self.data.description:
             fail(f"{path} was trained on {state['data']}; this run's data: {self.data.description}")
         try:
@@ -284,16 +284,16 @@ class Run:
             self.data.train.generator.set_state(state["generator"])
         except Exception as error:  # torch's checks raise all kinds
             fail(f"{path} is a checkpoint of another network: {str(error)[:300]}")
-        self.epoch, (name, length) = state["epoch"], state["log"]
+        self.epoch, (name, self.log_length) = state["epoch"], state["log"]
         self.log_file = self.log_file.with_name(name)
         self.go_on_from(path)
         if not self.log_file.exists():
             return self.begin()
         with self.log_file.open("rb+") as file:
-            file.seek(length - 1)
+            file.seek(self.log_length - 1)
             if file.read(1) != b"\n":
                 fail(f"{self.log_file} is not the log of {path} any more: move it away, then resume")
-            file.truncate(length)
+            file.truncate(self.log_length)
 
     def go_on_from(self, checkpoint):
         self.last_checkpoint = checkpoint

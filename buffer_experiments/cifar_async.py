@@ -12,7 +12,7 @@ this in one process.
     torchrun --standalone --nproc_per_node=6 cifar_async.py --buffer 30 --sync --seed 0            # each batch once
     torchrun --standalone --nproc_per_node=6 --max-restarts=3 cifar_async.py --buffer 30 --seed 0 --resume auto
 
-The first process writes a log with a line a module and epoch, and a checkpoint to --resume from. The buffers are not in
+The first process writes a log with one line per module and epoch, and a checkpoint to --resume from. The buffers are not in
 the checkpoint: they fill again.
 """
 
@@ -421,7 +421,7 @@ def collect(args, team, run, network, members, test, testing):
 
 
 def log_figures(run, when, figures):
-    """Log a line a worker, from its counts."""
+    """Log one line per worker, from its counts."""
     for n, count in enumerate(figures):
         if not count["steps"]:
             continue

@@ -1,7 +1,7 @@
 """Asynchronous DGL on CIFAR-10, simulated (Section 5.3, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
 
 Each layer writes its outputs into a ring buffer, and reads its inputs from the buffer of the layer before it
-(Algorithm 2). So no layer waits for another. Here, everything runs in one process: a random layer at a time does one
+(Algorithm 2). So no layer waits for another. Here, everything runs in one process: at each step, one random layer is
 step. A slower layer is one that is drawn less often. cifar_async.py does the same on parallel processes. sweep.py runs
 grids of settings, and BufferCurves.ipynb draws them.
 
@@ -10,7 +10,7 @@ grids of settings, and BufferCurves.ipynb draws them.
     python cifar_buffer.py --buffer 30 --seed 0 --quantize 8,256               # compressed buffers
     python cifar_buffer.py --buffer 30 --seed 0 --data digits                  # handwritten digits, no download
 
-Writes a log with a line a layer and epoch, and a checkpoint with all buffers to --resume from.
+Writes a log with one line per layer and epoch, and a checkpoint with all buffers to --resume from.
 """
 
 import math

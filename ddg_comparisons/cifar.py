@@ -79,11 +79,11 @@ class Data:
 def add_data_flags(parser):
     add = parser.add_argument_group("data").add_argument
     add("--data", default="./data", help="CIFAR-10 (downloaded if missing), an image-folder tree, or: digits")
-    add("--train-size", type=utils.at_least(2), help="train on so many images, as many of each class")
+    add("--train-size", type=utils.at_least(2), help="train on this many images, equally many of each class")
 
 
 def load_data(args, device, drop_last=False):
-    """What --data names, on the device; the training set reduced to --train-size; drop_last: of training batches."""
+    """The sets that --data names, on the device. With drop_last, training leaves an incomplete batch out."""
     root = Path(args.data)
     if args.data == "digits":
         kind, train, test, num_classes = "digits", *read_digits()
@@ -133,17 +133,18 @@ def read_folder(root):
 
 
 class ImageTree(ImageFolder):
-    """torchvision's ImageFolder without what is hidden, such as .ipynb_checkpoints; at least two classes."""
+    """torchvision's ImageFolder without hidden files and folders (.ipynb_checkpoints). It has at least two classes."""
 
     def __init__(self, root):
         super().__init__(root, loader=self.load, is_valid_file=self.is_image)
 
     def find_classes(self, directory):
-        if broken := [entry.path for entry in os.scandir(directory) if not os.path.exists(entry.path)]:
+        visible = [entry for entry in os.scandir(directory) if not entry.name.startswith(".")]
+        if broken := [entry.path for entry in visible if not os.path.exists(entry.path)]:
             raise FileNotFoundError(f"{broken[0]} is a link to nowhere")
-        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        classes = sorted(entry.name for entry in visible if entry.is_dir())
         if len(classes) < 2:
-            raise FileNotFoundError(f"{directory} has images of {len(classes)} class; at least two are needed")
+            raise FileNotFoundError(f"{directory} has {len(classes)} class folders; at least two are needed")
         return classes, {name: label for label, name in enumerate(classes)}
 
     def is_image(self, path):
@@ -152,7 +153,7 @@ class ImageTree(ImageFolder):
 
     @staticmethod
     def load(path):
-        """The image in 8-bit RGB; of 16 bits or floating-point numbers, PIL would make white or black."""
+        """The image in 8-bit RGB. PIL would turn one with 16 bits or floating-point numbers white or black."""
         with PIL.Image.open(path) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"its channels have more than 8 bits (PIL's mode {image.mode}): convert it first")
@@ -183,19 +184,21 @@ def decode(tree):
             utils.fail(f"{path} has {image.shape[2]}x{image.shape[1]} pixels, not {SIDE}x{SIDE}")
         images[i] = image.permute(1, 2, 0)
     with contextlib.suppress(OSError, RuntimeError):  # a folder that cannot be written to: decoded in every run
-        utils.save({"key": key, "images": images}, cache)
+        own = Path(f"{cache}.{os.getpid()}")  # other runs may be decoding the same folder
+        utils.save({"key": key, "images": images}, own)
+        own.replace(cache)
     return images
 
 
 def balanced(images, labels, size, num_classes):
-    """The first images of each class, `size` in all; the classes' numbers differ by at most one."""
+    """The first images of each class, `size` in all. The numbers of the classes differ by at most one."""
     smallest = labels.bincount(minlength=num_classes).min().item()
     if not num_classes <= size <= num_classes * smallest:
         utils.fail(
-            f"--train-size {size}: as many of each of the {num_classes} classes, from {num_classes} to "
-            f"{num_classes * smallest} images, as the smallest class has {smallest} images"
+            f"--train-size {size} cannot be balanced over {num_classes} classes: choose {num_classes} to "
+            f"{num_classes * smallest}, as the smallest class has {smallest} images"
         )
-    place = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]  # of an image among those of its class
+    place = F.one_hot(labels).cumsum(0).gather(1, labels[:, None])[:, 0]  # each image's place within its class
     chosen = (place * num_classes + labels).argsort()[:size]
     chosen = chosen[labels[chosen].argsort(stable=True)]
     return images[chosen], labels[chosen]
@@ -211,7 +214,7 @@ def sgd(modules, lr, weight_decay, nesterov=False):
 
 
 def grad_scaler(args, device):
-    """Loss scaling, one for each loss with an optimizer of its own; does nothing unless --precision is fp16."""
+    """A loss scaler, one for each loss with its own optimizer. It does nothing unless --precision is fp16."""
     return torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
 
 

@@ -5,7 +5,7 @@ The end-to-end baseline of cifar_dgl.py, cifar_ddg.py and cifar_features_replay.
     python cifar_backprop.py                              # CIFAR-10, downloaded to ./data if missing; 300 epochs
     python cifar_backprop.py --data digits --depth 20     # a small network, handwritten digits, no download
 
-Writes a log with a line an epoch, and a checkpoint to --resume from.
+Writes a log with one line per epoch, and a checkpoint to --resume from.
 """
 
 import utils

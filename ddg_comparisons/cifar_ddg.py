@@ -8,7 +8,7 @@ kept until then. Simulated in one process. cifar_features_replay.py keeps only t
     python cifar_ddg.py --num_splits 4               # four modules
     python cifar_ddg.py --data digits --depth 20     # a small network, handwritten digits, no download
 
-Writes a log with a line an epoch, and a checkpoint to --resume from.
+Writes a log with one line per epoch, and a checkpoint to --resume from.
 """
 
 import utils

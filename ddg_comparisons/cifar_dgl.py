@@ -8,7 +8,7 @@ network on the same batches.
     python cifar_dgl.py --num_splits 4               # four modules
     python cifar_dgl.py --data digits --depth 20     # a small network, handwritten digits, no download
 
-Writes a log with a line a module and epoch, and a checkpoint to --resume from.
+Writes a log with one line per module and epoch, and a checkpoint to --resume from.
 """
 
 import utils

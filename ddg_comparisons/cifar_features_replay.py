@@ -8,7 +8,7 @@ again, with its weights of that later time. Simulated in one process. cifar_ddg.
     python cifar_features_replay.py --num_splits 4               # four modules
     python cifar_features_replay.py --data digits --depth 20     # a small network, handwritten digits, no download
 
-Writes a log with a line an epoch, and a checkpoint to --resume from.
+Writes a log with one line per epoch, and a checkpoint to --resume from.
 """
 
 import utils

@@ -9,7 +9,7 @@ cifar_dgl.py trains the same network by DGL; analyze_dni_compare.ipynb compares 
     python cifar_cnn_dni.py --dni --context    # synthetic gradients that know the labels
     python cifar_cnn_dni.py --data digits      # handwritten digits, no download
 
-Writes a log with a line an epoch, and a checkpoint to --resume from.
+Writes a log with one line per epoch, and a checkpoint to --resume from.
 """
 
 import utils

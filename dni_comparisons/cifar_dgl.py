@@ -6,7 +6,7 @@ trained at the same time: synchronous DGL, Algorithm 1. analyze_dni_compare.ipyn
     python cifar_dgl.py                  # CIFAR-10, downloaded to ./data if missing; 1500 epochs
     python cifar_dgl.py --data digits    # handwritten digits, no download
 
-Writes a log with a line an epoch (of the last module: the whole network), and a checkpoint to --resume from.
+Writes a log with one line per epoch (of the last module: the whole network), and a checkpoint to --resume from.
 """
 
 import utils

@@ -30,17 +30,18 @@ PREFETCH = 2  # batches that each worker prepares in advance: DataLoader's defau
 
 
 class ImageTree(ImageFolder):
-    """torchvision's ImageFolder without hidden files and folders, such as .ipynb_checkpoints; at least two classes."""
+    """torchvision's ImageFolder without hidden files and folders (.ipynb_checkpoints). It has at least two classes."""
 
     def __init__(self, root):
         super().__init__(root, loader=self.load, is_valid_file=self.is_image)
 
     def find_classes(self, directory):
-        if broken := [entry.path for entry in os.scandir(directory) if not os.path.exists(entry.path)]:
+        visible = [entry for entry in os.scandir(directory) if not entry.name.startswith(".")]
+        if broken := [entry.path for entry in visible if not os.path.exists(entry.path)]:
             raise FileNotFoundError(f"{broken[0]} is a link to nowhere")
-        classes = [name for name in super().find_classes(directory)[0] if not name.startswith(".")]
+        classes = sorted(entry.name for entry in visible if entry.is_dir())
         if len(classes) < 2:
-            raise FileNotFoundError(f"{directory} has images of {len(classes)} class; at least two are needed")
+            raise FileNotFoundError(f"{directory} has {len(classes)} class folders; at least two are needed")
         return classes, {name: label for label, name in enumerate(classes)}
 
     def is_image(self, path):
@@ -49,7 +50,7 @@ class ImageTree(ImageFolder):
 
     @staticmethod
     def load(path):
-        """The image in 8-bit RGB; of 16 bits or floating-point numbers, PIL would make white or black."""
+        """The image in 8-bit RGB. PIL would turn one with 16 bits or floating-point numbers white or black."""
         with PIL.Image.open(path) as image:
             if image.mode[0] in "IF":
                 raise ValueError(f"its channels have more than 8 bits (PIL's mode {image.mode}): convert it first")

@@ -10,7 +10,7 @@ Several GPUs, or CPUs, that share each batch:
 
     torchrun --nproc_per_node=4 imagenet.py IMAGENET_DIR --arch resnet152
 
-Writes a log with a line an epoch, and a checkpoint to --resume from.
+Writes a log with one line per epoch, and a checkpoint to --resume from.
 """
 
 import utils

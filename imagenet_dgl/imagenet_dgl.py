@@ -19,7 +19,7 @@ A module on each GPU, or CPU, so that all train at the same time, with the same 
 
   torchrun --nproc_per_node=4 imagenet_dgl.py IMAGENET_DIR --arch vgg19 --block_size 4 --module-parallel
 
-Writes a log with a line a module and epoch, and a checkpoint to --resume from.
+Writes a log with one line per module and epoch, and a checkpoint to --resume from.
 """
 
 import contextlib
@@ -46,7 +46,7 @@ def parse_args(argv=None):
         "--block_size",
         "--block-size",
         type=utils.at_least(1),
-        help="vgg11 to vgg19: convolutions a module (default: 1)",
+        help="vgg11 to vgg19: convolutions per module (default: 1)",
     )
     add("--num-modules", "--num_modules", type=utils.at_least(1), help="other networks: K (default: 2)")
     add("--balance", choices=["flops", "memory"], default="flops", help="what cuts other networks into equal parts")

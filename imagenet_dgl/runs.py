@@ -60,7 +60,7 @@ def load_network(model, args, images):
     saved, flags = state["parts"]["model"], state["arguments"]
     for flag in ("arch", "balance", "block_size", "mlp", "nlin", "num_modules"):
         if flags.get(flag) != (now := getattr(args, flag, None)):
-            utils.fail(f"{args.resume} was made with --{flag.replace('_', '-')} {flags[flag]!r}, not {now!r}")
+            utils.fail(f"{args.resume} was made with {flag} {flags.get(flag)!r}, not {now!r}")
     if shapes(saved) != shapes(model.state_dict()):
         was, now = (image_size(argparse.Namespace(**given)) for given in (flags, vars(args)))
         utils.fail(
@@ -174,7 +174,7 @@ class Run(utils.Run):
         super().check_finite(loss, n, epoch)
 
     def watch(self, batches, meters, epoch):
-        """The training batches, with a bar on a terminal and every --print-freq batches a line a module.
+        """The training batches, with a bar on a terminal and every --print-freq batches one line per module.
 
         In a pipeline, each rank has a line for its own module.
         """

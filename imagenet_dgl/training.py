@@ -15,6 +15,9 @@ import ranks
 
 # Flags
 
+utils.HERE |= {"evaluate", "module_parallel", "profile", "workers"}
+utils.MAY_DIFFER |= {*utils.HERE, "print_freq", "skip_corrupt", "start_epoch", "tensorboard"}
+
 
 def make_parser(file, doc):
     """A parser with the flags of both scripts; `check_flags` checks what it has parsed."""
@@ -25,7 +28,7 @@ def make_parser(file, doc):
     add("data", metavar="DIR", nargs="?", help="images in train/<class>/ and val/<class>/")
     add("-a", "--arch", default="resnet18", help="network: vgg11, vgg13, vgg16, vgg19, or any of torchvision's")
     workers = min(4, os.cpu_count() or 1)  # torch warns of more than there are cores
-    add("-j", "--workers", type=utils.at_least(0), default=workers, help="processes that load images: 4, or one a core")
+    add("-j", "--workers", type=utils.at_least(0), default=workers, help="loading processes: 4, or one per core")
     add("-b", "--batch-size", type=utils.at_least(2), default=256, help="images in a batch, of all ranks together")
     add("--nepochs", "--epochs", dest="epochs", type=count, default=50, help="passes over the training set")
     add("--epochdecay", type=count, default=10, help="epochs after which the learning rate is divided by 10")
@@ -80,7 +83,7 @@ def check_flags(parser, args):
 
 
 def print_costs(rows):
-    """The table of models.costs, a line a module."""
+    """The table of models.costs, one line per module."""
     if ranks.RANK:
         return
     print("| n | parameters | MFLOPs an image | auxiliary network: parameters | MFLOPs | kept for backward, MiB |")

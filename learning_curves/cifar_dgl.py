@@ -7,7 +7,7 @@ compares the two.
     python cifar_dgl.py                  # CIFAR-10, downloaded to ./data if missing; 50 epochs
     python cifar_dgl.py --data digits    # handwritten digits, no download
 
-Writes a log with a line a layer and epoch, and a checkpoint to --resume from.
+Writes a log with one line per layer and epoch, and a checkpoint to --resume from.
 """
 
 import utils

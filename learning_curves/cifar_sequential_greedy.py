@@ -6,7 +6,7 @@ layer 1, and so on. LearningCurves.ipynb compares the two.
     python cifar_sequential_greedy.py                  # CIFAR-10, downloaded to ./data if missing; 4 x 50 epochs
     python cifar_sequential_greedy.py --data digits    # handwritten digits, no download
 
-Writes a log with a line a layer and epoch, and a checkpoint to --resume from.
+Writes a log with one line per layer and epoch, and a checkpoint to --resume from.
 """
 
 import utils

@@ -216,9 +216,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_left_as_it_was(script, wh
         ("tensor", torch.zeros(3), [], "not a checkpoint of these scripts"),
         ("other", other, [], "a checkpoint of another.py"),
         ("network", network, [], "another network"),
-        ("digest", {**network, "data": "other images"}, [], "trained on other images"),
-        ("flags", content, ["--batch-size", 20], "--batch-size 13"),
-        ("data", content, ["--data", "digits", "--train-size", 50], "--train-size 40"),
+        ("description", {**network, "data": "other images"}, [], "trained on other images"),
+        ("flags", content, ["--batch-size", 20], "batch_size 13"),
+        ("data", content, ["--data", "digits", "--train-size", 50], "train_size 40"),
     ]:
         path = tmp_path / f"{case}.pt"
         path.write_bytes(state) if isinstance(state, bytes) else torch.save(state, path)

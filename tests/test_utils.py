@@ -1,10 +1,15 @@
 """utils.py: the copies, the data, the meters and the checkpoint file."""
 
+import contextlib
+import errno
 import filecmp
+import inspect
 import os
 import pickle
 import shutil
+import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -42,6 +47,11 @@ def test_all_copies_are_the_same(name, number):
     copies = sorted(ROOT.glob(f"*/{name}"))
     assert len(copies) == number
     assert all(filecmp.cmp(copies[0], copy, shallow=False) for copy in copies)
+
+
+def test_both_image_loaders_are_the_same():
+    imagenet = load("imagenet_dgl", "data")
+    assert inspect.getsource(imagenet.ImageTree) == inspect.getsource(cifar.ImageTree)
 
 
 # Batches
@@ -220,6 +230,8 @@ def test_what_is_hidden_is_not_data(image_folder, tmp_path):
         copy.write_bytes(image.read_bytes())
     data = load_data("--data", root)
     assert (len(data.train.labels), data.num_classes) == (20, 2)
+    (root / "test" / ".#notes").symlink_to("nowhere")  # as an editor leaves it
+    assert load_data("--data", root).num_classes == 2
     hidden_parent = tmp_path / ".hidden"
     copy_folder(image_folder, hidden_parent)
     assert len(load_data("--data", hidden_parent).train.labels) == 20
@@ -301,6 +313,51 @@ def test_an_interrupted_write_leaves_the_old_file_alone(tmp_path, monkeypatch):
         utils.save({"epoch": 2}, path)
     assert torch.load(path, weights_only=True) == {"epoch": 1}
     assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("number", [1, 5, 20])
+def test_ctrl_c_in_torchs_writer_is_ctrl_c(number, tmp_path, monkeypatch):
+    """torch turns what happens in a file's write into an error of its own."""
+    path, open_file = tmp_path / "checkpoint.pt", Path.open
+
+    def open_interrupting(*arguments):
+        file, count = open_file(*arguments, buffering=0), []
+
+        class Interrupting:
+            def write(self, data):
+                count.append(1)
+                if len(count) == number:
+                    os.kill(os.getpid(), signal.SIGINT)
+                return file.write(data)
+
+            def flush(self):
+                pass
+
+            def __enter__(self):
+                return self
+
+            def __exit__(self, *_):
+                file.close()
+
+        return Interrupting()
+
+    monkeypatch.setattr(Path, "open", open_interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        utils.save({f"{i}": torch.randn(100) for i in range(50)}, path)
+    assert not [*tmp_path.iterdir()]
+
+
+@pytest.mark.parametrize(("number", "refused"), [(errno.ENOSYS, False), (errno.ENOLCK, False), (errno.EIO, True)])
+def test_a_file_system_without_locks(number, refused, tmp_path, monkeypatch, capsys):
+    def lockf(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.lockf", lockf)
+    run = object.__new__(utils.Run)
+    run.checkpoint = tmp_path / "runs" / "x.pt"
+    with pytest.raises(SystemExit) if refused else contextlib.nullcontext():
+        run.lock()
+    assert ("cannot write to --save_folder" in capsys.readouterr().err) == refused
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "x", "", str(2**31)])
