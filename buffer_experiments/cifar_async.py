@@ -12,8 +12,8 @@ this in one process.
     torchrun --standalone --nproc_per_node=6 cifar_async.py --buffer 30 --sync --seed 0            # each batch once
     torchrun --standalone --nproc_per_node=6 --max-restarts=3 cifar_async.py --buffer 30 --seed 0 --resume auto
 
-The first process writes a log with one line per module and epoch, and a checkpoint to --resume from. The buffers are not in
-the checkpoint: they fill again.
+The first process writes a log with one line per module and epoch, and a checkpoint to --resume from. The
+buffers are not in the checkpoint: they fill again.
 """
 
 import argparse
@@ -441,10 +441,7 @@ def log_figures(run, when, figures):
 
 
 class Run(utils.Run):
-    """A Run whose checkpoints are written by a thread. Signals are the Team's business, which ends the whole job."""
-
-    def go_on_from(self, checkpoint):
-        self.last_checkpoint = checkpoint  # only a main thread can handle signals
+    """A Run that tells the Team what to say at Ctrl-C, since the Team ends the whole job."""
 
     def interruption(self):
         if not self.last_checkpoint:

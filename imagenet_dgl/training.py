@@ -1,4 +1,4 @@
-"""What training with imagenet_dgl.py and imagenet.py has in common: flags, optimizers, meters, random numbers."""
+"""Shared by imagenet_dgl.py and imagenet.py: flags, optimizers, meters, random numbers."""
 
 import importlib
 import math
@@ -139,9 +139,8 @@ def sgd(parameters, lr, momentum, weight_decay):
     """SGD with momentum, fused."""
     parameters = list(parameters)
     optimizer = torch.optim.SGD(parameters, lr, momentum, weight_decay=weight_decay, fused=True)
-    for p in (
-        parameters if momentum else []
-    ):  # torch leaves it uninitialised if fp16's loss scaling skips the first step
+    # torch leaves the buffers uninitialised if fp16's loss scaling skips the first step
+    for p in parameters if momentum else []:
         optimizer.state[p]["momentum_buffer"] = torch.zeros_like(p)
     return optimizer
 

@@ -74,6 +74,8 @@ def forked(function, *arguments, errors):
     """
     process = start(function, *arguments, errors=errors)
     process.join(300)
+    process.kill()  # if it hangs
+    process.join()
     return process.exitcode
 
 

@@ -28,6 +28,9 @@ def fork_ranks(count, work, ranks):
         process.start()
     for process in processes:
         process.join(timeout=120)
+    for process in processes:
+        process.kill()  # if it hangs
+        process.join()
     return [process.exitcode for process in processes]
 
 

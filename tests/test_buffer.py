@@ -672,7 +672,7 @@ def test_the_committed_sweeps_are_complete():
         runs |= sweeps.grid(*sweeps.parse_args([*command.split(), "--", *setting.split()]))
     logs = ROOT / FOLDER / "logs"
     assert [name for name, flags in runs.items() if not sweeps.is_complete(logs, name, flags)] == []
-    assert len(runs) == len([*logs.glob("*_cifar_buffer_*.log")]) > 0
+    assert len(runs) == len([*logs.glob("*[_-]cifar_buffer[_-]*.log")]) > 0
 
 
 def test_mistakes_in_a_sweep_end_it_before_it_starts(tmp_path, monkeypatch):

@@ -212,7 +212,7 @@ def test_folders_that_do_not_fit(tree, tmp_path):
     (copy / "val/class1").rename(copy / "val/other")
     assert "['class1', 'other']" in refused("dgl", copy, *SMALL, cwd=tmp_path)
     shutil.rmtree(copy / "val/other")
-    assert "val has images of 1 class; at least two are needed" in refused("dgl", copy, *SMALL, cwd=tmp_path)
+    assert "val has 1 class folders; at least two are needed" in refused("dgl", copy, *SMALL, cwd=tmp_path)
     (copy / "val/class1").symlink_to(tmp_path / "unmounted")
     assert "val/class1 is a link to nowhere" in refused("dgl", copy, *SMALL, cwd=tmp_path)
 

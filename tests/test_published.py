@@ -14,14 +14,7 @@ DDG = ["dgl", "backprop", "ddg", "features_replay"]
 PUBLISHED = [  # script, flags, batch size, optimizers, the settings of each, learning rate at the start of an epoch
     ("auxiliary_nets_study/cifar_dgl.py", [], 128, 6, SGD, FALLING),
     ("learning_curves/cifar_dgl.py", [], 128, 4, SGD, FALLING),
-    (
-        "learning_curves/cifar_sequential_greedy.py",
-        [],
-        128,
-        1,
-        SGD,
-        {50 * n + e: lr for n in range(4) for e, lr in FALLING.items()},
-    ),
+    ("learning_curves/cifar_sequential_greedy.py", [], 128, 1, SGD, FOUR_TIMES),
     ("dni_comparisons/cifar_cnn_dni.py", [], 256, 1, ADAM, {1: 3e-5, 2000: 3e-5}),
     ("dni_comparisons/cifar_cnn_dni.py", ["--dni", "--context"], 256, 1, ADAM, {1: 3e-5, 2000: 3e-5}),
     ("dni_comparisons/cifar_cnn_dni.py", ["--sgd"], 256, 1, {**SGD, "weight_decay": 1e-5}, {1: 0.01, 2000: 0.01}),

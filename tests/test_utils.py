@@ -3,9 +3,9 @@
 import contextlib
 import errno
 import filecmp
-import inspect
 import os
 import pickle
+import re
 import shutil
 import signal
 import time
@@ -50,8 +50,9 @@ def test_all_copies_are_the_same(name, number):
 
 
 def test_both_image_loaders_are_the_same():
-    imagenet = load("imagenet_dgl", "data")
-    assert inspect.getsource(imagenet.ImageTree) == inspect.getsource(cifar.ImageTree)
+    files = ROOT / "learning_curves" / "cifar.py", ROOT / "imagenet_dgl" / "data.py"
+    one, other = (re.search(r"class ImageTree.*?\n\n\n", file.read_text(), re.DOTALL)[0] for file in files)
+    assert one == other
 
 
 # Batches
