@@ -2,8 +2,8 @@
 
 Each layer writes its outputs into a ring buffer, and reads its inputs from the buffer of the layer before it
 (Algorithm 2). So no layer waits for another. Here, everything runs in one process: at each step, one random layer is
-trained. A slower layer is one that is drawn less often. cifar_async.py does the same on parallel processes. sweep.py runs
-grids of settings, and BufferCurves.ipynb draws them.
+trained. A slower layer is one that is drawn less often. cifar_async.py does the same on parallel processes. sweep.py
+runs grids of settings, and BufferCurves.ipynb draws them.
 
     python cifar_buffer.py --buffer 30 --noise 0.1 --layer_noise 3 --seed 0    # layer 3 (of 0 to 5) 1.11 times slower
     python cifar_buffer.py --seed 0                      # the layers take turns: synchronous DGL
