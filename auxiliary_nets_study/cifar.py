@@ -87,7 +87,7 @@ def load_data(args, device, drop_last=False):
     root = Path(args.data)
     if args.data == "digits":
         kind, train, test, num_classes = "digits", *read_digits()
-    elif (root / "train").is_dir() or (root / "test").is_dir():
+    elif os.path.lexists(root / "train") or os.path.lexists(root / "test"):
         kind, train, test, num_classes = "image folder", *read_folder(root)
     else:
         kind, train, test, num_classes = "CIFAR-10", *read_cifar10(root)
@@ -148,8 +148,11 @@ class ImageTree(ImageFolder):
         return classes, {name: label for label, name in enumerate(classes)}
 
     def is_image(self, path):
-        hidden = any(part.startswith(".") for part in Path(path).relative_to(self.root).parts)
-        return not hidden and has_file_allowed_extension(path, IMG_EXTENSIONS)
+        if any(part.startswith(".") for part in Path(path).relative_to(self.root).parts):
+            return False
+        if not (image := has_file_allowed_extension(path, IMG_EXTENSIONS)) and not os.path.exists(path):
+            raise FileNotFoundError(f"{path} is a link to nowhere")
+        return image
 
     @staticmethod
     def load(path):

@@ -1,12 +1,12 @@
 """Which auxiliary network? (Section 5.2, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
 
-A VGG-like network of six 3x3 convolutions is cut into modules of --block_size layers, trained at the same time by
-synchronous DGL, Algorithm 1, with one of three auxiliary networks: mlp-sr (1x1 convolutions at a quarter of the
-resolution, then an mlp), mlp, or cnn (3x3 convolutions at full resolution).
+A VGG-like network of six 3x3 convolutions is cut into modules of --block_size layers, which all train at the same time
+(synchronous DGL, Algorithm 1). The auxiliary networks are mlp-sr (1x1 convolutions at a quarter of the resolution,
+then an MLP), mlp, or cnn (3x3 convolutions at full resolution).
 
     python cifar_dgl.py                    # mlp-sr; CIFAR-10, downloaded to ./data if missing; 50 epochs
     python cifar_dgl.py --type_aux cnn
-    python cifar_dgl.py --flops            # what the auxiliary networks cost, for each module; no training
+    python cifar_dgl.py --flops            # parameters and FLOPs of each module, without training
     python cifar_dgl.py --loss predsim     # beyond the paper: local losses with similarity matching
     python cifar_dgl.py --data digits      # handwritten digits, no download
 
@@ -29,39 +29,39 @@ import cifar
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
-    parser.add_argument("--type_aux", choices=["mlp-sr", "mlp", "cnn"], default="mlp-sr", help="auxiliary networks")
+    parser.add_argument("--type_aux", choices=["mlp-sr", "mlp", "cnn"], default="mlp-sr", help="auxiliary network")
     parser.add_argument("--block_size", type=utils.at_least(1), default=1, help="layers in a module")
     parser.add_argument("--depth", type=utils.at_least(1), default=6, help="layers of the network")
     parser.add_argument("--feature_size", type=utils.at_least(1), default=128, help="channels of the first layer")
-    parser.add_argument("--flops", action="store_true", help="print parameters and FLOPs of each module, and end")
-    parser.add_argument("--loss", choices=["pred", "predsim"], default="pred", help="of all modules but the last")
+    parser.add_argument("--flops", action="store_true", help="print parameters and FLOPs of each module, and exit")
+    parser.add_argument("--loss", choices=["pred", "predsim"], default="pred", help="loss of all modules but the last")
     parser.add_argument(
-        "--beta", type=utils.at_least(0, float), default=0.99, help="similarity loss's share in predsim"
+        "--beta", type=utils.at_least(0, float), default=0.99, help="weight of the similarity loss in predsim"
     )
     parser.add_argument("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     parser.add_argument("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     parser.add_argument("--epochs", type=utils.at_least(1), default=50, help="passes over the training set")
-    parser.add_argument("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
+    parser.add_argument("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and data order")
     args = parser.parse_args(argv)
     if args.beta > 1:
-        parser.error(f"--beta {args.beta} is not a share from 0 to 1")
+        parser.error(f"--beta {args.beta} is not a number from 0 to 1")
     if args.block_size > args.depth:
         parser.error(f"--block_size {args.block_size} is more than the network's {args.depth} layers")
     return args
 
 
-# The network; shapes are (B, C, H, W), C a layer's number of channels and s the side of its output in pixels
+# The network. Shapes are (B, C, H, W), where C is a layer's number of channels and s its output's side in pixels.
 
 
 def layer(in_channels, channels, downsample):
-    """Parts: [2x2 max-pool,] 3x3 convolution, BatchNorm, ReLU; (B, in_channels, s, s) -> (B, channels, s', s')."""
+    """List: [2x2 max-pool,] 3x3 convolution, BatchNorm, ReLU; (B, in_channels, s, s) -> (B, channels, s', s')."""
     pool = [nn.MaxPool2d(2)] if downsample else []
     convolution = nn.Conv2d(in_channels, channels, 3, padding=1)
     return [*pool, convolution, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
 
 
 def convolutions(channels, kernel_size, number):
-    """Parts: `number` convolutions (B, C, s, s) -> (B, C, s, s) without bias, each with BatchNorm and ReLU."""
+    """List: `number` convolutions without bias, each with BatchNorm and ReLU; (B, C, s, s) -> (B, C, s, s)."""
     net = []
     for _ in range(number):
         net += [nn.Conv2d(channels, channels, kernel_size, padding=kernel_size // 2, bias=False)]
@@ -70,7 +70,7 @@ def convolutions(channels, kernel_size, number):
 
 
 def mlp(channels, num_hidden=3):
-    """Parts: (B, C, s, s), averaged to 2x2 and flattened to 4C, -> features (B, 4C)."""
+    """List: an MLP on (B, C, s, s), averaged to 2x2 and flattened to 4C; -> features (B, 4C)."""
     net = [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
     for _ in range(num_hidden):
         net += [nn.Linear(4 * channels, 4 * channels), nn.BatchNorm1d(4 * channels), nn.ReLU(inplace=True)]
@@ -78,7 +78,7 @@ def mlp(channels, num_hidden=3):
 
 
 class AuxiliaryNet(nn.Sequential):
-    """(B, C, s, s) -> logits (B, num_classes) and the features that the last, linear layer reads, (B, 4C)."""
+    """(B, C, s, s) -> logits (B, num_classes), and the features (B, 4C) that its last, linear layer reads."""
 
     def __init__(self, type_aux, channels, side, num_classes, last=False):
         if last:  # the network's classifier
@@ -100,9 +100,9 @@ class AuxiliaryNet(nn.Sequential):
 
 
 class DGLNet(nn.Module):
-    """`depth` layers, `block_size` of them a module with an auxiliary network; the last module may be smaller.
+    """`depth` layers in modules of `block_size`, each with an auxiliary network. The last module may be smaller.
 
-    The default widths are 128, 256, 256, 512, 512, 512 at sides 32, 16, 16, 8, 8, 8: layers 1 and 3, counted from 0,
+    The default widths are 128, 256, 256, 512, 512, 512 at sides 32, 16, 16, 8, 8, 8. Layers 1 and 3, counted from 0,
     begin with a 2x2 max-pool and double the channels. The last auxiliary network is the classifier.
     """
 
@@ -124,11 +124,11 @@ class DGLNet(nn.Module):
             self.auxiliary_nets.append(AuxiliaryNet(type_aux, channels, side, num_classes, last))
 
     def forward(self, x, n, upto=False, with_features=False):
-        """Module n on its input x, or with `upto` on the images x: first blocks 0 to n-1, then module n.
+        """Run module n on its input x. With `upto`, x is the images, and blocks 0 to n-1 run first.
 
         Returns:
-            (logits of auxiliary net n (B, num_classes), output of block n (B, C, s, s)); `with_features` also the
-            features (B, 4C) that auxiliary net n's linear layer makes the logits from.
+            (logits of auxiliary net n (B, num_classes), output of block n (B, C, s, s)); `with_features` adds
+            the features (B, 4C) from which auxiliary net n's linear layer computes the logits.
         """
         if upto:
             for block in self.blocks[:n]:
@@ -139,7 +139,7 @@ class DGLNet(nn.Module):
 
 
 def costs(model):
-    """Parameters and forward FLOPs (of convolutions and matrix products) an image, without computing anything.
+    """Parameters and forward FLOPs per image (convolutions and matrix products), without computing anything.
 
     Args:
         model: a DGLNet on the meta device, in eval mode.
@@ -162,7 +162,7 @@ def costs(model):
 
 
 def auxiliary_share(rows):
-    """FLOPs of the auxiliary networks in % of the network's; the last one, the classifier, counts as network."""
+    """FLOPs of the auxiliary networks in % of the network's. The classifier counts as part of the network."""
     classifier = rows[-1][3]
     return 100 * sum(row[3] for row in rows[:-1]) / (sum(row[1] for row in rows) + classifier)
 
@@ -178,7 +178,7 @@ def print_flops(model):
 
 
 def span(layers):
-    """The layers of a module as text, counted from 1."""
+    """A module's layers as text, counted from 1."""
     return f"{layers[0] + 1}-{layers[-1] + 1}" if len(layers) > 1 else f"{layers[0] + 1}"
 
 
@@ -186,14 +186,14 @@ def span(layers):
 
 
 def similarity(x):
-    """Cosine similarities (B, B) of the rows of x (B, D), each row's mean subtracted."""
+    """Cosine similarities (B, B) between the rows of x (B, D), after each row's mean is subtracted."""
     x = x.float()
     x = F.normalize(x - x.mean(1, keepdim=True), dim=1)
     return x @ x.T
 
 
 def local_loss(logits, features, labels, beta=0.0):
-    """Cross-entropy, mixed by beta with similarity matching: "predsim" (Nøkland and Eidnes, arXiv 1901.06656).
+    """Cross-entropy mixed with similarity matching: "predsim" (Nøkland and Eidnes, arXiv 1901.06656).
 
     (1 - beta) * cross-entropy + beta * ||S(features) - S(one-hot labels)||^2 / B^2, with S as in `similarity`, for
     logits (B, num_classes), features (B, D), labels (B,).
@@ -206,13 +206,13 @@ def local_loss(logits, features, labels, beta=0.0):
 
 
 def set_learning_rate(optimizers, epoch):
-    """0.1, multiplied by 0.2 after every 15 epochs; epochs count from 1."""
+    """0.1, multiplied by 0.2 after every 15 epochs. Epochs count from 1."""
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = 0.1 * 0.2 ** ((epoch - 1) // 15)
 
 
 def train_epoch(model, optimizers, scalers, autocast, batches, meters, beta=0.0):
-    """One epoch of synchronous DGL (Algorithm 1): a module updates before the next one sees the batch."""
+    """One epoch of synchronous DGL (Algorithm 1). Each module updates before the next one sees the batch."""
     model.train()
     for images, labels in tqdm(batches, disable=None, leave=False):
         x = images

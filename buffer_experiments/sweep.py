@@ -9,6 +9,7 @@ end with it. A run's checkpoint, which may take gigabytes as it holds all buffer
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
@@ -27,6 +28,7 @@ from tqdm import tqdm
 import cifar_buffer
 from buffer import groups_and_codewords
 
+PATIENCE = 10  # seconds in which a run that is told to end must have ended
 # The program of a run
 RUN = "import sys; sys.path.insert(0, sys.argv[1]); import sweep; sweep.run_one(*sys.argv[2:])"
 
@@ -106,6 +108,8 @@ def run_one(*flags):
     def watch():
         os.read(0, 1)  # until the sweep has gone
         os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(PATIENCE)
+        os._exit(1)  # the signal came at a moment when it was lost
 
     threading.Thread(target=watch, daemon=True).start()
     sys.argv[0] = cifar_buffer.__file__
@@ -140,7 +144,9 @@ def run_all(runs, jobs):
         for process, _ in running.values():
             process.terminate()
         for process, _ in running.values():
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
+            process.kill()
 
 
 def main(argv=None):
@@ -154,9 +160,6 @@ def main(argv=None):
         checkpoint(runs[name]).unlink(missing_ok=True)
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them complete already")
     utils.on_interrupt("Interrupted; the same command goes on from here.")
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
-            signal.signal(number, signal.default_int_handler)
     try:
         with tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", disable=None) as bar:
             for name, status, errors in run_all(todo, args.jobs):

@@ -1,6 +1,6 @@
-"""Backprop on CIFAR-10's ResNet-110 (Section 5.3, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
+"""Backprop with ResNet-110 on CIFAR-10 (Section 5.3, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
 
-The end-to-end baseline of cifar_dgl.py, cifar_ddg.py and cifar_features_replay.py: same network, same batches.
+The end-to-end baseline for cifar_dgl.py, cifar_ddg.py and cifar_features_replay.py: same network, same batches.
 
     python cifar_backprop.py                              # CIFAR-10, downloaded to ./data if missing; 300 epochs
     python cifar_backprop.py --data digits --depth 20     # a small network, handwritten digits, no download
@@ -22,13 +22,13 @@ def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
     add = parser.add_argument
-    add("--num_splits", type=utils.at_least(1), default=2, help="K of the other methods; here only the log's n")
-    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet: 6n+2")
+    add("--num_splits", type=utils.at_least(1), default=2, help="K in the other methods; here only the n in the log")
+    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet, 6n+2")
     add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     add("--epochs", type=utils.at_least(1), default=300, help="passes over the training set")
-    add("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
-    add("--log-interval", type=utils.at_least(0), default=0, help="batches between losses printed; 0: none")
+    add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and the order of the data")
+    add("--log-interval", type=utils.at_least(0), default=0, help="print the loss every N batches (0: never)")
     args = parser.parse_args(argv)
     try:
         cut(args.depth, args.num_splits)
@@ -42,7 +42,7 @@ def make_optimizer(model):
 
 
 def set_learning_rate(optimizer, epoch):
-    """0.01, divided by 10 when epochs 150 and 225 begin; epochs count from 1."""
+    """0.01, divided by 10 at the start of epochs 150 and 225. Epochs count from 1."""
     optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** ((epoch >= 150) + (epoch >= 225))
 
 

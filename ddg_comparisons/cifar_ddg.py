@@ -1,8 +1,8 @@
-"""Decoupled parallel backpropagation on CIFAR-10's ResNet-110, for comparison with DGL (Section 5.3, arXiv 1901.08164).
+"""Decoupled parallel backprop with ResNet-110 on CIFAR-10, for comparison with DGL (Section 5.3, arXiv 1901.08164).
 
-DDG (Huo et al. 2018, arXiv 1804.10574): the network is cut into K modules. Module k, from 1, backpropagates K-k
-iterations late, so that it need not wait for the modules above; its graphs, and the weights they were made with, are
-kept until then. Simulated in one process. cifar_features_replay.py keeps only the inputs; cifar_dgl.py keeps nothing.
+DDG (Huo et al. 2018, arXiv 1804.10574) cuts the network into K modules. Module k (from 1) backpropagates K-k iterations
+late, so it need not wait for the modules above. Until then it keeps its graphs and the weights they were built with.
+Simulated in one process. cifar_features_replay.py keeps only the inputs, and cifar_dgl.py keeps nothing.
 
     python cifar_ddg.py                              # CIFAR-10, downloaded to ./data if missing; 300 epochs
     python cifar_ddg.py --num_splits 4               # four modules
@@ -26,13 +26,13 @@ def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
     add = parser.add_argument
-    add("--num_splits", type=utils.at_least(1), default=2, help="modules the network is cut into: K")
-    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet: 6n+2")
+    add("--num_splits", type=utils.at_least(1), default=2, help="number of modules (K)")
+    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet, 6n+2")
     add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     add("--epochs", type=utils.at_least(1), default=300, help="passes over the training set")
-    add("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
-    add("--log-interval", type=utils.at_least(0), default=0, help="batches between losses printed; 0: none")
+    add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and the order of the data")
+    add("--log-interval", type=utils.at_least(0), default=0, help="print the loss every N batches (0: never)")
     args = parser.parse_args(argv)
     try:
         cut(args.depth, args.num_splits)
@@ -42,10 +42,10 @@ def parse_args(argv=None):
 
 
 class Graph:
-    """A forward pass of a block on x, kept for its backward pass with copies of the weights it was made with.
+    """A block's forward pass on x, kept for its backward pass with copies of the weights that it used.
 
-    The optimizer changes a block's own parameters in place, at a time when the graph still needs the old ones.
-    Without `buffers` to work on, BatchNorm updates the block's own running statistics.
+    It needs copies because the optimizer updates the block's own parameters in place before the backward pass.
+    BatchNorm updates the running statistics in `buffers` or, without them, the block's own.
     """
 
     def __init__(self, block, x, weights, buffers=None):
@@ -61,10 +61,10 @@ class Graph:
 
 
 class Delays:
-    """What waits from one iteration to the next, by module, the last one excepted.
+    """What each module but the last keeps between iterations.
 
-    graphs: the forward passes without a backward pass yet, oldest first: K-k of module k.
-    gradients: of the loss with respect to the oldest one's output; None in a module's first K-k iterations.
+    graphs: forward passes that have had no backward pass yet, oldest first; K-k for module k.
+    gradients: of the loss with respect to the oldest graph's output; None in a module's first K-k iterations.
     """
 
     def __init__(self, model, autocast):
@@ -77,31 +77,31 @@ class Delays:
         return {"inputs": inputs, "weights": weights, "gradients": self.gradients}
 
     def load_state_dict(self, state):
-        """Rebuild the graphs from inputs and weights. On a CPU they equal the lost ones to the bit."""
+        """Rebuild the graphs from inputs and weights. On a CPU they are bit-identical to the originals."""
         for n, (block, gradient) in enumerate(zip(self.blocks, state["gradients"], strict=True)):
             device, self.graphs[n] = next(block.parameters()).device, []
             self.gradients[n] = gradient if gradient is None else gradient.to(device)
             for x, weights in zip(state["inputs"][n], state["weights"][n], strict=True):
                 weights = {name: w.to(device) for name, w in weights.items()}
-                buffers = {name: b.clone() for name, b in block.named_buffers()}  # BatchNorm has counted x already
+                buffers = {name: b.clone() for name, b in block.named_buffers()}  # BatchNorm has already counted x
                 with self.autocast:
                     graph = Graph(block.train(), x.to(device).requires_grad_(n > 0), weights.items(), buffers)
                 self.graphs[n].append(graph)
 
 
 def make_optimizers(model):
-    """One a module: modules begin to step at different iterations."""
+    """One per module, because modules take their first step at different iterations."""
     return [cifar.sgd([block], lr=0.01, weight_decay=5e-4, nesterov=True) for block in model.blocks]
 
 
 def set_learning_rate(optimizers, epoch):
-    """0.01, divided by 10 when epochs 150 and 225 begin; epochs count from 1."""
+    """0.01, divided by 10 at the start of epochs 150 and 225. Epochs count from 1."""
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** ((epoch >= 150) + (epoch >= 225))
 
 
 def train_epoch(model, optimizers, scalers, autocast, batches, meter, delays, log_interval=0):
-    """One epoch of DDG (its paper's Algorithm 1); n counts modules from 0: module n is K-1-n iterations late."""
+    """One epoch of DDG (Algorithm 1 of its paper). Module n, counted from 0, is K-1-n iterations late."""
     model.train()
     last, one = len(model.blocks) - 1, torch.ones((), device=batches.device)
     for i, (images, labels) in enumerate(tqdm(batches, disable=None, leave=False), start=1):
@@ -114,16 +114,17 @@ def train_epoch(model, optimizers, scalers, autocast, batches, meter, delays, lo
         with autocast:
             logits = model.blocks[last](x)
             loss = F.cross_entropy(logits, labels)
-        # Backward: the last module on this batch. Module n works on an older one, with the gradient that module n+1
-        # computed one iteration ago. No module reads another's new weights, so the order is free.
+        # Backward: the last module uses this batch. Module n uses an older one, with the gradient that module n+1
+        # computed one iteration ago. No module reads another's new weights, so the order does not matter.
         given, delays.gradients = delays.gradients, [None] * last
         for n in reversed(range(last + 1)):
-            scale = scalers[n].scale(one)  # 1 but in fp16: gradients travel unscaled, each module has its own scale
+            # 1 except in fp16. Gradients are passed on unscaled, because each module has its own scale.
+            scale = scalers[n].scale(one)
             optimizers[n].zero_grad()
             if n == last:
                 (loss * scale).backward()
             elif given[n] is None:
-                break  # the first K-1-n iterations: no gradient yet, nor for the modules below
+                break  # in the first K-1-n iterations, this module and those below have no gradient yet
             else:
                 graph = delays.graphs[n].pop(0)
                 graph.backward(given[n] * scale)
@@ -158,7 +159,7 @@ def main(argv=None):
     scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)
     meter = cifar.Meter(device)
-    delays = Delays(model, autocast)  # they run on across epochs
+    delays = Delays(model, autocast)  # kept across epochs
     run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers, delays=delays)
     for epoch in run.epochs(args.epochs):
         set_learning_rate(optimizers, epoch)

@@ -1,8 +1,8 @@
-"""DGL on CIFAR-10's ResNet-110 (Section 5.3, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
+"""DGL with ResNet-110 on CIFAR-10 (Section 5.3, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
 
-The network is cut into a few modules, each with an auxiliary network and a loss of its own, which are trained at the
-same time: synchronous DGL, Algorithm 1. cifar_backprop.py, cifar_ddg.py and cifar_features_replay.py train the same
-network on the same batches.
+The network is cut into a few modules. Each has its own auxiliary network and loss, and all train at the same time
+(synchronous DGL, Algorithm 1). cifar_backprop.py, cifar_ddg.py and cifar_features_replay.py train the same network on
+the same batches.
 
     python cifar_dgl.py                              # CIFAR-10, downloaded to ./data if missing; 300 epochs
     python cifar_dgl.py --num_splits 4               # four modules
@@ -25,13 +25,13 @@ def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
     add = parser.add_argument
-    add("--num_splits", type=utils.at_least(1), default=2, help="modules the network is cut into: K")
-    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet: 6n+2")
+    add("--num_splits", type=utils.at_least(1), default=2, help="number of modules (K)")
+    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet, 6n+2")
     add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     add("--epochs", type=utils.at_least(1), default=300, help="passes over the training set")
-    add("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
-    add("--log-interval", type=utils.at_least(0), default=0, help="batches between losses printed; 0: none")
+    add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and the order of the data")
+    add("--log-interval", type=utils.at_least(0), default=0, help="print the loss every N batches (0: never)")
     args = parser.parse_args(argv)
     try:
         cut(args.depth, args.num_splits)
@@ -41,18 +41,18 @@ def parse_args(argv=None):
 
 
 def make_optimizers(model):
-    """One a module, without Nesterov's momentum: as published."""
+    """One per module, without Nesterov momentum, as published."""
     return [cifar.sgd(parts, lr=0.01, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
 
 
 def set_learning_rate(optimizers, epoch):
-    """0.01, divided by 10 when epochs 150 and 225 begin; epochs count from 1."""
+    """0.01, divided by 10 at the start of epochs 150 and 225. Epochs count from 1."""
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** ((epoch >= 150) + (epoch >= 225))
 
 
 def train_epoch(model, optimizers, scalers, autocast, batches, meters, log_interval=0):
-    """One epoch of synchronous DGL (Algorithm 1): a module updates before the next one sees the batch."""
+    """One epoch of synchronous DGL (Algorithm 1). Each module updates before the next one sees the batch."""
     model.train()
     for i, (images, labels) in enumerate(tqdm(batches, disable=None, leave=False), start=1):
         x = images

@@ -1,8 +1,8 @@
-"""Features replay on CIFAR-10's ResNet-110, for comparison with DGL (Section 5.3, arXiv 1901.08164).
+"""Features replay with ResNet-110 on CIFAR-10, for comparison with DGL (Section 5.3, arXiv 1901.08164).
 
-FR (Huo et al. 2018, arXiv 1807.04511): the network is cut into K modules. Module k, from 1, backpropagates K-k
-iterations late, so that it need not wait for the modules above; it keeps its inputs till then and runs them forward
-again, with its weights of that later time. Simulated in one process. cifar_ddg.py keeps whole graphs instead.
+FR (Huo et al. 2018, arXiv 1807.04511) cuts the network into K modules. Module k (from 1) backpropagates K-k iterations
+late, so it need not wait for the modules above. Until then it keeps its inputs. It then runs them forward again with
+the weights that it has by then. Simulated in one process. cifar_ddg.py keeps whole graphs instead.
 
     python cifar_features_replay.py                              # CIFAR-10, downloaded to ./data if missing; 300 epochs
     python cifar_features_replay.py --num_splits 4               # four modules
@@ -26,13 +26,13 @@ def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
     add = parser.add_argument
-    add("--num_splits", type=utils.at_least(1), default=2, help="modules the network is cut into: K")
-    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet: 6n+2")
+    add("--num_splits", type=utils.at_least(1), default=2, help="number of modules (K)")
+    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet, 6n+2")
     add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     add("--epochs", type=utils.at_least(1), default=300, help="passes over the training set")
-    add("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
-    add("--log-interval", type=utils.at_least(0), default=0, help="batches between losses printed; 0: none")
+    add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and the order of the data")
+    add("--log-interval", type=utils.at_least(0), default=0, help="print the loss every N batches (0: never)")
     args = parser.parse_args(argv)
     try:
         cut(args.depth, args.num_splits)
@@ -42,10 +42,10 @@ def parse_args(argv=None):
 
 
 class Delays:
-    """What waits from one iteration to the next, by module, the last one excepted.
+    """What each module but the last keeps between iterations.
 
-    inputs: those of the batches without a backward pass yet, oldest first: K-k of module k.
-    gradients: of the loss with respect to the oldest one's output; None in a module's first K-k iterations.
+    inputs: for batches that have had no backward pass yet, oldest first; K-k for module k.
+    gradients: of the loss with respect to the oldest batch's output; None in a module's first K-k iterations.
     """
 
     def __init__(self, model):
@@ -63,46 +63,47 @@ class Delays:
 
 
 def replay(block, x):
-    """The block's output on x with its current weights. Its running statistics stay: they counted x in the play."""
+    """The block's output on x with its current weights. Leaves its running statistics alone: they include x already."""
     return functional_call(block, {name: b.clone() for name, b in block.named_buffers()}, (x,))
 
 
 def make_optimizers(model):
-    """One a module: modules begin to step at different iterations."""
+    """One per module, because modules take their first step at different iterations."""
     return [cifar.sgd([block], lr=0.01, weight_decay=5e-4, nesterov=True) for block in model.blocks]
 
 
 def set_learning_rate(optimizers, epoch):
-    """0.01, divided by 10 when epochs 150 and 225 begin; epochs count from 1."""
+    """0.01, divided by 10 at the start of epochs 150 and 225. Epochs count from 1."""
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** ((epoch >= 150) + (epoch >= 225))
 
 
 def train_epoch(model, optimizers, scalers, autocast, batches, meter, delays, log_interval=0):
-    """One epoch of FR (its paper's Algorithm 1); n counts modules from 0: module n is K-1-n iterations late."""
+    """One epoch of FR (Algorithm 1 of its paper). Module n, counted from 0, is K-1-n iterations late."""
     model.train()
     last, one = len(model.blocks) - 1, torch.ones((), device=batches.device)
     for i, (images, labels) in enumerate(tqdm(batches, disable=None, leave=False), start=1):
-        # Play: all modules on this iteration's batch, with this iteration's weights; only inputs are kept.
+        # Play: all modules run on this batch with their current weights, and keep only their inputs.
         x = images
         for block, inputs in zip(model.blocks[:last], delays.inputs):
             inputs.append(x)
             with torch.no_grad(), autocast:
                 x = block(x).requires_grad_()
-        with autocast:  # the last module needs no replay: its gradient is there at once
+        with autocast:  # the last module needs no replay, because its gradient is available at once
             logits = model.blocks[last](x)
             loss = F.cross_entropy(logits, labels)
-        # Replay and backward: the last module on this batch. Module n replays an older one with its current weights,
-        # and takes the gradient that module n+1 computed one iteration ago. No module reads another's new weights, so
-        # the order is free.
+        # Replay and backward: the last module uses this batch. Module n replays an older one with its current weights,
+        # and uses the gradient that module n+1 computed one iteration ago. No module reads another's new weights, so
+        # the order does not matter.
         given, delays.gradients = delays.gradients, [None] * last
         for n in reversed(range(last + 1)):
-            scale = scalers[n].scale(one)  # 1 but in fp16: gradients travel unscaled, each module has its own scale
+            # 1 except in fp16. Gradients are passed on unscaled, because each module has its own scale.
+            scale = scalers[n].scale(one)
             optimizers[n].zero_grad()
             if n == last:
                 (loss * scale).backward()
             elif given[n] is None:
-                break  # the first K-1-n iterations: no gradient yet, nor for the modules below
+                break  # in the first K-1-n iterations, this module and those below have no gradient yet
             else:
                 x = delays.inputs[n].pop(0)
                 with autocast:
@@ -138,7 +139,7 @@ def main(argv=None):
     scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)
     meter = cifar.Meter(device)
-    delays = Delays(model)  # they run on across epochs
+    delays = Delays(model)  # kept across epochs
     run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers, delays=delays)
     for epoch in run.epochs(args.epochs):
         set_learning_rate(optimizers, epoch)

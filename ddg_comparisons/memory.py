@@ -1,11 +1,11 @@
-"""Memory of backprop, DGL, DDG and FR (Section 5.3, arXiv 1901.08164): what is stored for backward passes to come.
+"""Memory that backprop, DGL, DDG and FR hold for later backward passes (Section 5.3, arXiv 1901.08164).
 
-    python memory.py                                      # ResNet-110, K = 2 and 4; some minutes on a CPU
+    python memory.py                                      # ResNet-110, K = 2 and 4; a few minutes on a CPU
     python memory.py --depth 20 --num_splits 3 --no-cuda
 
-Runs each script's own train_epoch on random images until the delays are full, counts in the iteration after that, and
-prints a Markdown table in MiB. Activations are what autograd keeps (torch.autograd.graph.saved_tensors_hooks) and the
-inputs that wait in FR, each storage once; weights and running statistics are not among them.
+Runs each script's train_epoch on random images until the delays are full, measures the next iteration, and prints a
+Markdown table in MiB. Activations are what autograd saves (torch.autograd.graph.saved_tensors_hooks) and the inputs
+that FR stores. Each storage counts once. Weights and running statistics do not count.
 """
 
 import argparse
@@ -31,21 +31,21 @@ def sizes(tensors):
 
 
 class Held:
-    """A tensor that autograd keeps; the object lives as long as autograd needs it."""
+    """A tensor that autograd saves. The object lives for as long as autograd needs it."""
 
     def __init__(self, tensor):
         self.tensor = tensor
 
 
 class Activations:
-    """Counts what autograd keeps, with `pack` and `unpack` as saved_tensors_hooks, and what `waiting()` returns."""
+    """Counts what autograd saves, with `pack` and `unpack` as saved_tensors_hooks, and what `waiting()` returns."""
 
     def __init__(self, waiting):
         self.waiting, self.weights, self.peak = waiting, set(), 0
         self.sizes, self.users = {}, {}
 
     def ignore(self, tensors):
-        """Do not count these weights or running statistics, as long as they live."""
+        """Do not count these weights or running statistics for as long as they live."""
         for tensor in tensors:
             pointer = tensor.untyped_storage().data_ptr()
             self.weights.add(pointer)
@@ -74,7 +74,7 @@ class Activations:
 
 
 class RandomBatches:
-    """`number` batches of the same random images; calls `before` before each iteration and `after` after it."""
+    """`number` batches of the same random images. Calls `before` before each iteration and `after` after it."""
 
     def __init__(self, number, size, device, before, after):
         self.number, self.device, self.before, self.after = number, device, before, after
@@ -87,12 +87,12 @@ class RandomBatches:
     def __iter__(self):
         for _ in range(self.number):
             self.before()
-            yield self.images.clone(), self.labels  # a copy: in training, each batch has memory of its own
+            yield self.images.clone(), self.labels  # a copy, because in training each batch has its own memory
             self.after()
 
 
 def measure(method, depth, num_splits, batch_size, device):
-    """Bytes in an iteration with full delays: COLUMNS; on a GPU also all allocated beyond network and optimizer."""
+    """Bytes in an iteration with full delays: COLUMNS; on a GPU also the peak allocation beyond the network."""
     script = importlib.import_module(SCRIPTS[method])
     model = (DGLNet if method == "DGL" else ResNet)(10, depth, num_splits)
     model.to(device, memory_format=torch.channels_last)
@@ -138,9 +138,9 @@ def measure(method, depth, num_splits, batch_size, device):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: utils.fail(f"{message} (see --help)")
-    parser.add_argument("--num_splits", type=utils.at_least(1), nargs="+", default=[2, 4], help="modules: 2 4")
-    parser.add_argument("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet: 110")
-    parser.add_argument("--batch-size", type=utils.at_least(2), default=128, help="images in a batch: 128")
+    parser.add_argument("--num_splits", type=utils.at_least(1), nargs="+", default=[2, 4], help="modules (default 2 4)")
+    parser.add_argument("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet (default 110)")
+    parser.add_argument("--batch-size", type=utils.at_least(2), default=128, help="images in a batch (default 128)")
     parser.add_argument("--no-cuda", action="store_true", help="use the CPU even if there is a GPU")
     args = parser.parse_args(argv)
     try:

@@ -1,6 +1,6 @@
-"""ResNet-(6n+2) for CIFAR-10 (He et al. 2016, arXiv 1512.03385), cut into modules: end to end, and for DGL.
+"""ResNet-(6n+2) for CIFAR-10 (He et al. 2016, arXiv 1512.03385), cut into modules for backprop, DGL, DDG and FR.
 
-Shapes are (B, C, H, W); the three stages have C = 16, 32, 64 channels at sides s = 32, 16, 8.
+Shapes are (B, C, H, W). The three stages have C = 16, 32, 64 channels and sides s = 32, 16, 8.
 """
 
 import math
@@ -12,13 +12,13 @@ STEM = 3  # entries of the flat list before the first residual block: convolutio
 
 
 def cut(depth, num_splits):
-    """Where the modules begin and end in the flat list of stem, residual blocks and pool: num_splits (begin, end).
+    """The (begin, end) of each of num_splits modules in the flat list of stem, residual blocks and pool.
 
-    ResNet-110's 58 entries in two: [(0, 29), (29, 58)]. ValueError if the depth is not 6n+2, or if a module would have
-    no residual block.
+    ResNet-110 has 58 entries; cut in two, it gives [(0, 29), (29, 58)]. Raises ValueError if the depth is not 6n+2, or
+    if a module would have no residual block.
     """
     if depth < 8 or depth % 6 != 2:
-        raise ValueError(f"--depth {depth} is not 6n+2, such as 20, 56, 110")
+        raise ValueError(f"--depth {depth} is not 6n+2 (for example 20, 56 or 110)")
     pool = STEM + (depth - 2) // 2
 
     def modules(number):
@@ -32,7 +32,7 @@ def cut(depth, num_splits):
         numbers = [number for number in range(1, pool) if possible(number)]
         raise ValueError(
             f"--num_splits {num_splits} leaves a module of --depth {depth} without a residual block; the largest "
-            f"possible is {numbers[-1]} (all: {', '.join(map(str, numbers))})"
+            f"possible is {numbers[-1]} (allowed: {', '.join(map(str, numbers))})"
         )
     return modules(num_splits)
 
@@ -44,7 +44,7 @@ def conv3x3(in_channels, channels, stride=1):
 
 
 class BasicBlock(nn.Module):
-    """Two 3x3 convolutions, a shortcut: (B, in_channels, s, s) -> (B, channels, s, s), or s / 2 if channels double."""
+    """Two 3x3 convolutions and a shortcut: (B, in_channels, s, s) -> (B, channels, s, s); s / 2 if channels double."""
 
     def __init__(self, in_channels, channels):
         super().__init__()
@@ -59,13 +59,13 @@ class BasicBlock(nn.Module):
 
     def forward(self, x):
         residual = self.residual(x)
-        if self.new_channels:  # the shortcut without parameters: every second pixel, zeros for the new channels
+        if self.new_channels:  # parameter-free shortcut: every second pixel, zeros in the new channels
             x = F.pad(x[:, :, :: self.stride, :: self.stride], (0, 0, 0, 0, 0, self.new_channels))
         return F.relu_(residual.add_(x))
 
 
 def blocks(depth, num_splits):
-    """The flat list, cut: (nn.ModuleList of num_splits nn.Sequential, channels and side of each one's last block)."""
+    """The modules (nn.ModuleList of nn.Sequential), and the channels and side of each one's last residual block."""
     n = (depth - 2) // 6
     channels = [16 * 2**stage for stage in range(3) for _ in range(n)]
     entries = [conv3x3(3, 16), nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
@@ -96,7 +96,7 @@ def mlp_sr(channels, side, num_classes):
 
 
 class ResNet(nn.Module):
-    """The network for backprop, DDG and FR: `blocks` are its modules; the last one ends with the classifier."""
+    """The network for backprop, DDG and FR. `blocks` are its modules, and the last one ends with the classifier."""
 
     def __init__(self, num_classes, depth=110, num_splits=2):
         super().__init__()
@@ -111,19 +111,19 @@ class ResNet(nn.Module):
 
 
 class DGLNet(nn.Module):
-    """The same network, each module with its own auxiliary network; the last one's is the classifier.
+    """The same network with an auxiliary network per module. The last module's is the classifier.
 
-    A seed gives blocks and classifier the same initial weights as it gives ResNet.
+    With the same seed, blocks and classifier start with the same weights as in ResNet.
     """
 
     def __init__(self, num_classes, depth=110, num_splits=2):
         super().__init__()
         self.blocks, shapes = blocks(depth, num_splits)
-        last = classifier(num_classes)  # made first, for the same weights
+        last = classifier(num_classes)  # created first, so that its initial weights match ResNet's
         self.auxiliary_nets = nn.ModuleList([*(mlp_sr(c, s, num_classes) for c, s in shapes[:-1]), last])
 
     def forward(self, x, n, upto=False):
-        """Module n on its input x, or with `upto` on the images x: first blocks 0 to n-1, then module n.
+        """Run module n on its input x. With `upto`, x is the images, and blocks 0 to n-1 run first.
 
         Returns:
             (logits of auxiliary net n (B, num_classes), output of block n (B, C, s, s)).

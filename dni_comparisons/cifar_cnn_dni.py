@@ -1,12 +1,12 @@
 """Backprop, DNI and cDNI on CIFAR-10 (Section 5.1, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
 
-The CNN of the DNI paper (Jaderberg et al. 2017, arXiv 1608.05343), trained end to end, or with a decoupled neural
-interface after each of its three blocks. Its synthetic gradients may be conditioned on the labels (cDNI).
-cifar_dgl.py trains the same network by DGL; analyze_dni_compare.ipynb compares the four.
+Trains the CNN of the DNI paper (Jaderberg et al. 2017, arXiv 1608.05343) end to end, or with a decoupled neural
+interface after each of its three blocks. The synthetic gradients can be conditioned on the labels (cDNI).
+cifar_dgl.py trains the same network with DGL, and analyze_dni_compare.ipynb compares all four methods.
 
     python cifar_cnn_dni.py                    # backprop on CIFAR-10, downloaded to ./data if missing; 2000 epochs
     python cifar_cnn_dni.py --dni              # synthetic gradients
-    python cifar_cnn_dni.py --dni --context    # synthetic gradients that know the labels
+    python cifar_cnn_dni.py --dni --context    # synthetic gradients conditioned on the labels
     python cifar_cnn_dni.py --data digits      # handwritten digits, no download
 
 Writes a log with one line per epoch, and a checkpoint to --resume from.
@@ -30,17 +30,17 @@ def parse_args(argv=None):
     add("--batch-size", type=utils.at_least(2), default=256, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     add("--epochs", type=utils.at_least(1), default=2000, help="passes over the training set")
-    add("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
-    add("--log-interval", type=utils.at_least(0), default=0, help="batches between losses printed; 0: none")
-    add("--dni", action="store_true", help="an interface with synthetic gradients after each block")
-    add("--context", action="store_true", help="with --dni: condition synthetic gradients on the labels (cDNI)")
-    add("--sgd", action="store_true", help="SGD 0.01, momentum 0.9, weight decay 1e-5 instead of Adam 3e-5")
+    add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and the order of the data")
+    add("--log-interval", type=utils.at_least(0), default=0, help="print the loss every N batches (0: never)")
+    add("--dni", action="store_true", help="synthetic gradients, from an interface after each block")
+    add("--context", action="store_true", help="with --dni, condition synthetic gradients on the labels (cDNI)")
+    add("--sgd", action="store_true", help="SGD (0.01, momentum 0.9, weight decay 1e-5) instead of Adam (3e-5)")
     args = parser.parse_args(argv)
     if args.context and not args.dni:
-        parser.error("--context conditions synthetic gradients: it needs --dni")
+        parser.error("--context needs --dni, because it conditions synthetic gradients")
     if args.dni and args.precision == "fp16":
-        # A scaler multiplies real gradients by a factor that changes; synthesizers would have to follow it.
-        parser.error("--precision fp16 needs loss scaling, which synthetic gradients do not know: use bf16 with --dni")
+        # The loss scale changes during training, and synthesizers would have to follow it.
+        parser.error("--precision fp16 needs loss scaling, which synthetic gradients lack: use bf16 with --dni")
     return args
 
 
@@ -52,15 +52,15 @@ def make_optimizer(model, sgd):
 
 
 def train_epoch(model, optimizer, scaler, autocast, batches, meter, context_dim=None, log_interval=0):
-    """One epoch of backprop or, if the model has interfaces, of DNI; `context_dim`: classes, for cDNI."""
+    """One epoch of backprop or, if the model has interfaces, of DNI. For cDNI, `context_dim` is num_classes."""
     model.train()
     for i, (images, labels) in enumerate(tqdm(batches, disable=None, leave=False), start=1):
         optimizer.zero_grad()
         context = one_hot(labels, context_dim) if context_dim else None
         with autocast, dni.synthesizer_context(context):
-            logits = model(images)  # an interface sends its synthetic gradient back as soon as its block is done
+            logits = model(images)  # each interface backpropagates as soon as its block is done
             loss = F.cross_entropy(logits, labels)
-        scaler.scale(loss).backward()  # with interfaces: down to the last one, whose synthesizer learns from it
+        scaler.scale(loss).backward()  # with interfaces, stops at the last one and trains its synthesizer
         scaler.step(optimizer)
         scaler.update()
         meter.update(loss, logits, labels)

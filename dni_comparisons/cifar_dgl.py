@@ -1,12 +1,12 @@
-"""DGL on the DNI paper's CNN (Section 5.1, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
+"""DGL with the DNI paper's CNN (Section 5.1, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
 
-The three blocks of cifar_cnn_dni.py's network, each a module with an auxiliary network and a loss of its own, are
-trained at the same time: synchronous DGL, Algorithm 1. analyze_dni_compare.ipynb compares it with backprop and DNI.
+Each block of cifar_cnn_dni.py's network is a module with its own auxiliary network and loss, and all train at the same
+time (synchronous DGL, Algorithm 1). analyze_dni_compare.ipynb compares DGL with backprop and DNI.
 
     python cifar_dgl.py                  # CIFAR-10, downloaded to ./data if missing; 1500 epochs
     python cifar_dgl.py --data digits    # handwritten digits, no download
 
-Writes a log with one line per epoch (of the last module: the whole network), and a checkpoint to --resume from.
+Writes a log with one line per epoch (for the last module, i.e. the network), and a checkpoint to --resume from.
 """
 
 import utils
@@ -26,18 +26,18 @@ def parse_args(argv=None):
     add("--batch-size", type=utils.at_least(2), default=256, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     add("--epochs", type=utils.at_least(1), default=1500, help="passes over the training set")
-    add("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
-    add("--log-interval", type=utils.at_least(0), default=0, help="batches between losses printed; 0: none")
+    add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and the order of the data")
+    add("--log-interval", type=utils.at_least(0), default=0, help="print the loss every N batches (0: never)")
     return parser.parse_args(argv)
 
 
 def make_optimizer(block, net):
-    """A module's own."""
+    """For one module."""
     return torch.optim.Adam([*block.parameters(), *net.parameters()], lr=3e-5, fused=True)
 
 
 def train_epoch(model, optimizers, scalers, autocast, batches, meter, log_interval=0):
-    """One epoch of synchronous DGL (Algorithm 1): a module updates before the next one sees the batch."""
+    """One epoch of synchronous DGL (Algorithm 1). Each module updates before the next one sees the batch."""
     model.train()
     for i, (images, labels) in enumerate(tqdm(batches, disable=None, leave=False), start=1):
         x = images
@@ -57,7 +57,7 @@ def train_epoch(model, optimizers, scalers, autocast, batches, meter, log_interv
 
 @torch.no_grad()
 def evaluate(model, autocast, batches):
-    """Top-1 accuracy in % of the whole network: the last module's."""
+    """Top-1 accuracy in % of the last module, i.e. of the whole network."""
     model.eval()
     correct = torch.zeros((), device=batches.device)
     for images, labels in batches:

@@ -1,6 +1,6 @@
-"""The DNI paper's CNN for CIFAR-10 (arXiv 1608.05343): end to end, with interfaces, and as DGL modules.
+"""The DNI paper's CNN for CIFAR-10 (arXiv 1608.05343), for backprop, DNI and DGL.
 
-Shapes are (B, C, H, W); the blocks' outputs have 128 channels and sides 10, 3, 1.
+Shapes are (B, C, H, W). The blocks' outputs have 128 channels and sides 10, 3, 1.
 """
 
 import torch
@@ -19,12 +19,12 @@ def block(in_channels, pool):
 
 
 def blocks():
-    """The three blocks of all four methods: (B, 3, 32, 32) -> (B, 128, 10, 10) -> (B, 128, 3, 3) -> (B, 128, 1, 1)."""
+    """The three blocks in all four methods: (B, 3, 32, 32) -> (B, 128, 10, 10) -> (B, 128, 3, 3) -> (B, 128, 1, 1)."""
     return nn.ModuleList([block(3, nn.MaxPool2d(3)), *(block(CHANNELS, nn.AvgPool2d(3)) for _ in range(2))])
 
 
 def convolutions():
-    """Three 5x5 convolutions, the last one's weights zero, with BatchNorm and ReLU between: the shape stays."""
+    """Three 5x5 convolutions with BatchNorm and ReLU in between. Keeps the shape; the last weights start at zero."""
     net = []
     for _ in range(2):
         net += [nn.Conv2d(CHANNELS, CHANNELS, 5, padding=2), nn.BatchNorm2d(CHANNELS), nn.ReLU(inplace=True)]
@@ -34,7 +34,7 @@ def convolutions():
 
 
 class Synthesizer(nn.Module):
-    """Synthetic gradient from a block's output (B, 128, s, s), and from one-hot labels if `context_dim` is given."""
+    """Synthetic gradient from a block's output (B, 128, s, s) and, with `context_dim`, from one-hot labels."""
 
     def __init__(self, context_dim=None):
         super().__init__()
@@ -52,7 +52,7 @@ class Synthesizer(nn.Module):
 
 
 class CNN(nn.Module):
-    """The network for end-to-end training or, with `interfaces`, for DNI: one after each of the three blocks.
+    """The network for backprop or, with `interfaces`, for DNI, which has an interface after each of the three blocks.
 
     With `context`, the synthesizers need one-hot labels (B, num_classes): see `dni.synthesizer_context`.
     """
@@ -67,7 +67,7 @@ class CNN(nn.Module):
         self.classifier = nn.Sequential(nn.Flatten(), nn.Linear(CHANNELS, num_classes))
 
     def forward(self, x):
-        """Images -> logits (B, num_classes). In training, an interface trains the block before it on the spot."""
+        """Images -> logits (B, num_classes). In training, each interface backpropagates into its block at once."""
         for net, interface in zip(self.blocks, self.interfaces):
             x = interface(net(x))
         return self.classifier(x)
@@ -83,7 +83,7 @@ def auxiliary_net(num_classes):
 
 
 class DGLNet(nn.Module):
-    """The three blocks, each a module with its own auxiliary network; the last one's is the classifier."""
+    """The three blocks, each a module with its own auxiliary network. The last module's is the classifier."""
 
     def __init__(self, num_classes):
         super().__init__()
@@ -92,7 +92,7 @@ class DGLNet(nn.Module):
         self.auxiliary_nets = nn.ModuleList([*(auxiliary_net(num_classes) for _ in range(2)), classifier])
 
     def forward(self, x, n, upto=False):
-        """Module n on its input x, or with `upto` on the images x: first blocks 0 to n-1, then module n.
+        """Run module n on its input x. With `upto`, x is the images, and blocks 0 to n-1 run first.
 
         Returns:
             (logits of auxiliary net n (B, num_classes), output of block n (B, 128, s, s)).

@@ -72,6 +72,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None):
         """With `--resume CHECKPOINT`, flags that are not given have the checkpoint's values."""
+        sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
         on_interrupt("Interrupted before this run finished an epoch.")
         args = super().parse_args(argv)
         if args.resume == "auto":
@@ -94,6 +95,7 @@ class Screen:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")  # noqa: SIM115
+        getattr(self.stream, "reconfigure", dict)(errors="backslashreplace")  # a --name that it cannot show
 
     def write(self, text):
         try:
@@ -107,20 +109,21 @@ class Screen:
 
 
 def on_interrupt(message):
-    """Let Ctrl-C and SIGTERM end the program with this line instead of a traceback."""
+    """Let Ctrl-C, SIGTERM and a terminal that is closed end the program with this line instead of a traceback."""
 
     def hook(kind, error, traceback):
         if not issubclass(kind, KeyboardInterrupt):
             return sys.__excepthook__(kind, error, traceback)
         print(f"\n{message}", file=sys.stderr)
 
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores the second
+            signal.signal(number, signal.default_int_handler)
     sys.excepthook = hook
 
 
 def setup(args):
     """Seed torch, set its threads and float32 precision, and return the device to train on."""
-    sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     torch.manual_seed(args.seed)
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -185,9 +188,6 @@ def load_checkpoint(path, script):
 
 class Run:
     """Log and checkpoint of a training run, or, with --resume, of its continuation.
-
-    The checkpoint is written after every epoch. A run that is stopped at any moment and resumed ends with the same log
-    and weights as one that was not, on a CPU with the same number of threads.
 
     `parts` is all that training changes, by name (the network as `model`): objects with a state_dict, or lists of them.
     """

@@ -45,8 +45,11 @@ class ImageTree(ImageFolder):
         return classes, {name: label for label, name in enumerate(classes)}
 
     def is_image(self, path):
-        hidden = any(part.startswith(".") for part in Path(path).relative_to(self.root).parts)
-        return not hidden and has_file_allowed_extension(path, IMG_EXTENSIONS)
+        if any(part.startswith(".") for part in Path(path).relative_to(self.root).parts):
+            return False
+        if not (image := has_file_allowed_extension(path, IMG_EXTENSIONS)) and not os.path.exists(path):
+            raise FileNotFoundError(f"{path} is a link to nowhere")
+        return image
 
     @staticmethod
     def load(path):
@@ -132,7 +135,8 @@ def fill_up(items):
 
 def set_signals(_):
     """In a worker: Ctrl-C is for the main process, which ends its workers."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 

@@ -6,6 +6,7 @@ Without torchrun there is one rank, and everything here does nothing.
 import contextlib
 import inspect
 import os
+import signal
 import sys
 import time
 import uuid
@@ -61,6 +62,7 @@ def one_message():
     except RuntimeError as error:
         lines = str(error).strip().splitlines()
         if "shared memory" in str(error) or "DataLoader worker (pid" in str(error):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again at the exit
             raise SystemExit(
                 f"A process that loads images has failed{here()}: {lines[-1].strip()} (less memory is needed with "
                 "fewer workers, -j, or a smaller -b; --resume goes on from the last checkpoint)"

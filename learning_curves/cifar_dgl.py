@@ -1,7 +1,7 @@
 """Learning curves of parallel DGL (Section 5.2, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
 
-Four layers, each a module with an auxiliary network and a loss of its own, are trained at the same time: synchronous
-DGL, Algorithm 1. cifar_sequential_greedy.py trains the same network one layer after the other; LearningCurves.ipynb
+Each of four layers is a module with its own auxiliary network and loss, and all train at the same time (synchronous
+DGL, Algorithm 1). cifar_sequential_greedy.py trains the same network one layer after the other. LearningCurves.ipynb
 compares the two.
 
     python cifar_dgl.py                  # CIFAR-10, downloaded to ./data if missing; 50 epochs
@@ -26,19 +26,19 @@ def parse_args(argv=None):
     parser.add_argument("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     parser.add_argument("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     parser.add_argument("--epochs", type=utils.at_least(1), default=50, help="passes over the training set")
-    parser.add_argument("--lr", type=utils.at_least(0, float, above=True), default=0.1, help="learning rate at first")
-    parser.add_argument("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
+    parser.add_argument("--lr", type=utils.at_least(0, float, above=True), default=0.1, help="initial learning rate")
+    parser.add_argument("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and data order")
     return parser.parse_args(argv)
 
 
 def set_learning_rate(optimizers, lr, epoch):
-    """Multiply the learning rate by 0.2 after every 15 epochs; epochs count from 1."""
+    """Multiply the learning rate by 0.2 after every 15 epochs. Epochs count from 1."""
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = lr * 0.2 ** ((epoch - 1) // 15)
 
 
 def train_epoch(model, optimizers, scalers, autocast, batches, meters):
-    """One epoch of synchronous DGL (Algorithm 1): a module updates before the next one sees the batch."""
+    """One epoch of synchronous DGL (Algorithm 1). Each module updates before the next one sees the batch."""
     model.train()
     for images, labels in tqdm(batches, disable=None, leave=False):
         x = images

@@ -1,6 +1,6 @@
 """Learning curves of sequential greedy training (Section 5.2, "Decoupled Greedy Learning of CNNs", arXiv 1901.08164).
 
-The network of cifar_dgl.py trained one layer after the other: layer 1 for all epochs, then layer 2 on top of the frozen
+Trains the network of cifar_dgl.py one layer after the other: layer 1 for all epochs, then layer 2 on top of the frozen
 layer 1, and so on. LearningCurves.ipynb compares the two.
 
     python cifar_sequential_greedy.py                  # CIFAR-10, downloaded to ./data if missing; 4 x 50 epochs
@@ -24,19 +24,19 @@ def parse_args(argv=None):
     cifar.add_data_flags(parser)
     parser.add_argument("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     parser.add_argument("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
-    parser.add_argument("--epochs", type=utils.at_least(1), default=50, help="passes over the training set, a layer")
-    parser.add_argument("--lr", type=utils.at_least(0, float, above=True), default=0.1, help="learning rate at first")
-    parser.add_argument("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
+    parser.add_argument("--epochs", type=utils.at_least(1), default=50, help="passes over the training set per layer")
+    parser.add_argument("--lr", type=utils.at_least(0, float, above=True), default=0.1, help="initial learning rate")
+    parser.add_argument("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and data order")
     return parser.parse_args(argv)
 
 
 def set_learning_rate(optimizer, lr, epoch):
-    """Multiply the learning rate by 0.2 after every 15 epochs; each layer counts its epochs from 1."""
+    """Multiply the learning rate by 0.2 after every 15 epochs. Each layer counts its epochs from 1."""
     optimizer.param_groups[0]["lr"] = lr * 0.2 ** ((epoch - 1) // 15)
 
 
 def train_epoch(model, n, optimizer, scaler, autocast, batches, meter):
-    """One epoch of layer n (from 0); the layers below are frozen, their BatchNorm statistics too."""
+    """One epoch of layer n (from 0). The layers below are frozen, including their BatchNorm statistics."""
     model.eval()
     model.blocks[n].train()
     model.auxiliary_nets[n].train()

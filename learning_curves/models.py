@@ -1,6 +1,6 @@
-"""The network of Section 5.2's learning curves (arXiv 1901.08164): a small VGG cut into one module a layer.
+"""The network of Section 5.2's learning curves (arXiv 1901.08164): a small VGG with one module per layer.
 
-Shapes are (B, C, H, W); C is a layer's number of channels and s the side of its output in pixels.
+Shapes are (B, C, H, W). C is a layer's number of channels and s the side of its output in pixels.
 """
 
 import math
@@ -33,9 +33,9 @@ def mlp_sr(channels, side, num_classes):
 
 
 class DGLNet(nn.Module):
-    """`depth` layers, each a module with its own auxiliary network; the last auxiliary network is the classifier.
+    """`depth` layers, each a module with its own auxiliary network. The last auxiliary network is the classifier.
 
-    The default widths are 64, 128, 128, 256 at sides 32, 16, 16, 8: layers 1 and 3, counted from 0, begin with a
+    The default widths are 64, 128, 128, 256 at sides 32, 16, 16, 8. Layers 1 and 3, counted from 0, begin with a
     2x2 max-pool and double the channels.
     """
 
@@ -53,7 +53,7 @@ class DGLNet(nn.Module):
             in_channels = channels
 
     def forward(self, x, n, upto=False):
-        """Module n on its input x, or with `upto` on the images x: first blocks 0 to n-1, then module n.
+        """Run module n on its input x. With `upto`, x is the images, and blocks 0 to n-1 run first.
 
         Returns:
             (logits of auxiliary net n (B, num_classes), output of block n (B, C, s, s)).

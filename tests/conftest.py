@@ -57,7 +57,8 @@ def run(script, *flags, cwd, root=ROOT):
         finally:
             os.chdir(before)
             sys.excepthook = sys.__excepthook__
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number in (signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_DFL)
     return status, out.getvalue(), err.getvalue()
 
 

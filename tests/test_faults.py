@@ -56,6 +56,10 @@ def nobody_reads():
     sys.stdout = os.fdopen(writer, "w")
 
 
+def ascii_only():
+    sys.stdout = open("ascii.txt", "w", encoding="ascii")  # noqa: SIM115
+
+
 def closed():
     sys.stdout = sys.stderr = None  # as Python has them for 1>&- and 2>&-
 
@@ -66,9 +70,9 @@ def terminal_gone():
     os.close(master)
 
 
-@pytest.mark.parametrize("arrange", [full_disk, nobody_reads, closed, terminal_gone])
+@pytest.mark.parametrize("arrange", [full_disk, nobody_reads, ascii_only, closed, terminal_gone])
 def test_a_screen_that_fails_does_not_end_a_run(arrange, tmp_path):
-    assert forked(script_in(tmp_path, arrange=arrange), errors=tmp_path / "errors.txt") == 0
+    assert forked(script_in(tmp_path, "--name", "ü", arrange=arrange), errors=tmp_path / "errors.txt") == 0
     assert (tmp_path / "errors.txt").read_text() == ""
     assert complete(tmp_path)
 
@@ -148,7 +152,7 @@ def test_a_second_run_of_one_name_is_refused_while_the_first_is_alive(tmp_path):
     assert complete(tmp_path)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_during_training_says_how_to_go_on(number, tmp_path):
     errors = tmp_path / "errors.txt"
     status = forked(script_in(tmp_path, at=(3, lambda: os.kill(os.getpid(), number))), errors=errors)

@@ -244,9 +244,18 @@ def test_links_to_nowhere_are_named(image_folder, tmp_path, capsys):
     link.symlink_to(tmp_path / "annex")
     assert f"cannot read the image {link}" in refused(capsys, "--data", root)
     link.unlink()
+    link = root / "train" / "class0" / "folder"  # of images
+    link.symlink_to(tmp_path / "share")
+    assert f"{link} is a link to nowhere" in refused(capsys, "--data", root)
+    link.unlink()
     link = root / "test" / "class2"
     link.symlink_to(tmp_path / "share")
     assert f"{link} is a link to nowhere" in refused(capsys, "--data", root)
+    unmounted = tmp_path / "unmounted"
+    unmounted.mkdir()
+    for split in ("train", "test"):
+        (unmounted / split).symlink_to(tmp_path / "share")
+    assert f"no complete image folder in {unmounted}" in refused(capsys, "--data", unmounted)  # and no download
 
 
 def test_one_class_is_refused(image_folder, tmp_path, capsys):

@@ -1,10 +1,10 @@
 """Decoupled neural interfaces with synthetic gradients (Jaderberg et al. 2017, arXiv 1608.05343).
 
-A network is cut into parts. Where it is cut, an interface stands, with a synthesizer: a small network that predicts,
-from what crosses the cut (the trigger), what the other part would answer (the message: an activation, or a gradient).
+A network is cut into parts. At each cut is an interface with a synthesizer: a small network that looks at what crosses
+the cut (the trigger) and predicts what the other part would send (the message, an activation or a gradient).
 A synthesizer is any module `(trigger, context) -> message`, with or without parameters.
 
-README.md beside this file has worked examples.
+README.md in this folder has worked examples.
 """
 
 from .interfaces import BackwardInterface, BidirectionalInterface, ForwardInterface, UnidirectionalInterface

@@ -1,8 +1,8 @@
 """Interfaces between the parts of a network.
 
-On a trigger of batch size B, every synthesizer gets the gradient of its mean squared error,
-(1/B) * sum over batch and features of (synthetic - true)^2. It is added to `.grad` like any other; the user's optimizer
-makes the step. No error of a synthesizer flows into its trigger.
+For a trigger of batch size B, a synthesizer's loss is (1/B) * sum over batch and features of (synthetic - true)^2.
+Its gradient is added to the `.grad` of the synthesizer's parameters, which your optimizer steps. It never flows into
+the trigger.
 """
 
 import torch
@@ -12,7 +12,7 @@ from .scopes import backward, state
 
 
 def synthesize(synthesizer, trigger, dtype, train):
-    """The synthesizer's message, as `dtype`, from the trigger's values; with a graph only if it is to `train`."""
+    """The synthesizer's message for the detached trigger, as `dtype`. It has a graph only if `train` is set."""
     with torch.set_grad_enabled(train):
         return synthesizer(trigger.detach(), state.context).to(dtype)
 
@@ -23,7 +23,7 @@ def error_gradient(synthetic, true):
 
 
 class TrainByGradient(torch.autograd.Function):
-    """A copy of the trigger; the gradient that it gets trains what synthesized the synthetic gradient."""
+    """Copies the trigger. The copy's real gradient trains the synthesizer."""
 
     @staticmethod
     def forward(trigger, synthetic):
@@ -45,7 +45,7 @@ def train_by_gradient(trigger, synthetic):
 
 
 class UnidirectionalInterface(nn.Module):
-    """Synthesizes messages in one direction, and learns from real ones, in any mode and in any order."""
+    """Synthesizes messages in one direction and learns from real ones, in train and eval mode and in any order."""
 
     def __init__(self, synthesizer):
         super().__init__()
@@ -53,19 +53,19 @@ class UnidirectionalInterface(nn.Module):
 
     @torch.compiler.disable(recursive=False)
     def receive(self, trigger):
-        """A message synthesized from the trigger, detached."""
+        """A synthetic message for the trigger, detached."""
         return synthesize(self.synthesizer, trigger, trigger.dtype, train=False)
 
     @torch.compiler.disable(recursive=False)
     def send(self, message, trigger):
-        """Train the synthesizer to answer this trigger with this message."""
+        """Train the synthesizer to predict this message from this trigger."""
         synthetic = synthesize(self.synthesizer, trigger, message.dtype, train=True)
         if synthetic.requires_grad:
             backward(synthetic, error_gradient(synthetic.detach(), message.detach()))
 
 
 class ForwardInterface(UnidirectionalInterface):
-    """Replaces activations by synthetic ones in training, so that the next part need not wait for them."""
+    """In training, replaces activations with synthetic ones, so that the next part need not wait."""
 
     def forward(self, message, trigger):
         """In training, train the synthesizer and return a synthetic message; otherwise return the real message."""
@@ -76,7 +76,7 @@ class ForwardInterface(UnidirectionalInterface):
 
 
 class BackwardInterface(nn.Module):
-    """Replaces gradients by synthetic ones in training, so that the part before need not wait for them."""
+    """In training, replaces gradients with synthetic ones, so that the previous part need not wait."""
 
     def __init__(self, synthesizer):
         super().__init__()
@@ -84,20 +84,20 @@ class BackwardInterface(nn.Module):
 
     @torch.compiler.disable(recursive=False)
     def backward(self, trigger, factor=1):
-        """Backpropagate the synthetic gradient, times `factor`, from the trigger; if it needs none, do nothing."""
+        """In training, backpropagate `factor` times the synthetic gradient from the trigger, if that requires grad."""
         if self.training and trigger.requires_grad:
             backward(trigger, factor * synthesize(self.synthesizer, trigger, trigger.dtype, train=False))
 
     @torch.compiler.disable(recursive=False)
     def make_trigger(self, trigger):
-        """A copy of the trigger, cut off from its graph, whose real gradient trains the synthesizer when it comes."""
+        """A detached copy of the trigger. Its real gradient, when it arrives, trains the synthesizer."""
         if not (self.training and torch.is_grad_enabled()):
             return trigger
         return train_by_gradient(trigger, synthesize(self.synthesizer, trigger, trigger.dtype, train=True))
 
     @torch.compiler.disable(recursive=False)
     def forward(self, trigger):
-        """`backward` and `make_trigger` with one run of the synthesizer."""
+        """`backward` and `make_trigger` with a single call of the synthesizer."""
         if not (self.training and torch.is_grad_enabled()):
             return trigger
         synthetic = synthesize(self.synthesizer, trigger, trigger.dtype, train=True)
@@ -107,9 +107,9 @@ class BackwardInterface(nn.Module):
 
 
 class BidirectionalInterface(nn.Module):
-    """Both at once, a complete unlock: the parts need neither each other's activations nor each other's gradients.
+    """Complete unlock: the parts wait neither for each other's activations nor for each other's gradients.
 
-    `forward_synthesizer` makes messages from triggers; `backward_synthesizer` makes gradients from messages.
+    `forward_synthesizer` predicts messages from triggers, `backward_synthesizer` gradients from messages.
     """
 
     def __init__(self, forward_synthesizer, backward_synthesizer):
@@ -122,12 +122,12 @@ class BidirectionalInterface(nn.Module):
         return self.backward_interface.make_trigger(self.forward_interface.receive(trigger))
 
     def send(self, message, trigger):
-        """For the part before: train the forward synthesizer, and backpropagate a synthetic gradient from `message`."""
+        """For the first part: train the forward synthesizer and backpropagate a synthetic gradient from `message`."""
         self.forward_interface.send(message, trigger)
         self.backward_interface.backward(message)
 
     def forward(self, message, trigger):
-        """Both parts in one process: in training, `send` then `receive`; otherwise return the real message."""
+        """For both parts in one process. In training, `send` then `receive`; otherwise return the real message."""
         if not self.training:
             return message
         self.send(message, trigger)

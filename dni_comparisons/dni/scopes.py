@@ -1,4 +1,4 @@
-"""What surrounds calls of interfaces: the context of synthesizers, and backward passes that wait for each other."""
+"""Context managers around interface calls: the context for synthesizers, and deferred backward passes."""
 
 import contextlib
 import threading
@@ -7,7 +7,7 @@ import torch
 
 
 class State(threading.local):
-    """A thread's own: the context, and the (variable, gradient) pairs of the `defer_backward` that it is in."""
+    """Per-thread state: the current context, and the (variable, gradient) pairs of the active `defer_backward`."""
 
     context = None
     deferred = None
@@ -18,7 +18,7 @@ state = State()
 
 @contextlib.contextmanager
 def synthesizer_context(context):
-    """Condition the synthesizers called inside on `context`, such as one-hot labels (B, num_classes). Nestable."""
+    """Condition the synthesizers called inside on `context`, such as one-hot labels (B, num_classes). Can be nested."""
     before, state.context = state.context, context
     try:
         yield
@@ -28,10 +28,10 @@ def synthesizer_context(context):
 
 @contextlib.contextmanager
 def defer_backward():
-    """Let the gradients passed to `dni.backward` inside wait, and backpropagate them together at the end.
+    """Collect the gradients passed to `dni.backward` inside, and backpropagate them together at the end.
 
     For a graph that real and synthetic gradients share, as in truncated BPTT. After an exception inside, nothing is
-    backpropagated. Not nestable: a RuntimeError.
+    backpropagated. Nesting raises RuntimeError.
     """
     if state.deferred is not None:
         raise RuntimeError("dni.defer_backward cannot be nested")
@@ -45,7 +45,7 @@ def defer_backward():
 
 
 def backward(variable, gradient=None):
-    """Backpropagate `gradient` (ones by default) from `variable`: at once, or at the end of `defer_backward`."""
+    """Backpropagate `gradient` (ones by default) from `variable`, at once or at the end of `defer_backward`."""
     if gradient is None:
         gradient = torch.ones_like(variable)
     if state.deferred is not None:
@@ -55,6 +55,6 @@ def backward(variable, gradient=None):
 
 
 def run_backward(variables, gradients):
-    # Interfaces call this in the middle of forward passes; autocast is not for backward passes.
+    # Interfaces call this during forward passes, but backward passes should not run under autocast.
     with torch.autocast(variables[0].device.type, enabled=False):
         torch.autograd.backward(variables, gradients)

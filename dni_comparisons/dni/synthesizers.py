@@ -1,4 +1,4 @@
-"""A synthesizer for vectors; networks with other shapes bring their own: any module `(trigger, context) -> message`."""
+"""A synthesizer for vectors. For other shapes, write your own: any module `(trigger, context) -> message`."""
 
 import itertools
 
@@ -6,13 +6,13 @@ from torch import nn
 
 
 class BasicSynthesizer(nn.Module):
-    """An MLP with ReLU; its last layer's weights start at zero, so that its first messages depend on nothing.
+    """An MLP with ReLU. Its last layer's weights start at zero, so its first messages do not depend on the input.
 
     Args:
         output_dim: features of the message.
-        n_hidden: number of hidden layers; 0: linear.
+        n_hidden: number of hidden layers; with 0, the synthesizer is linear.
         hidden_dim, trigger_dim: features of the hidden layers and of the trigger; `output_dim` by default.
-        context_dim: features of the context, whose own linear layer is added to the first; None: no context.
+        context_dim: features of the context, which enters the first layer linearly; None for no context.
     """
 
     def __init__(self, output_dim, n_hidden=0, hidden_dim=None, trigger_dim=None, context_dim=None):
@@ -31,7 +31,7 @@ class BasicSynthesizer(nn.Module):
         x = first(trigger)
         if self.context:
             if context is None:
-                raise ValueError("this synthesizer has a context_dim: call it inside dni.synthesizer_context")
+                raise ValueError("this synthesizer needs a context: call it inside dni.synthesizer_context")
             x = x + self.context(context)
         for layer in others:
             x = layer(x.relu())

@@ -1,11 +1,11 @@
-"""A complete unlock across two processes: each trains its part of a network, without waiting for the other's.
+"""Complete unlock across two processes: each trains its own part of a network without waiting for the other.
 
     torchrun --standalone --nproc_per_node=2 -m dni.two_processes    # in the folder above; --help shows the flags
 
-Process 0 has part A, images -> message, process 1 part B, message -> logits. Both have a copy of the interface:
-process 0 trains its forward synthesizer, on the real messages, process 1 its backward synthesizer, on the real
-gradients. Only every `--every` steps they exchange what they have learned; no step waits for a message. Classifies
-scikit-learn's 8x8 digits; process 1 prints the test accuracy on real messages.
+Process 0 has part A (images -> message), and process 1 has part B (message -> logits). Both have a copy of the
+interface. Process 0 trains its forward synthesizer on real messages, and process 1 its backward synthesizer on real
+gradients. They exchange synthesizer weights only every `--every` steps, and no step waits for a message. The network
+classifies scikit-learn's 8x8 digits. Process 1 prints the test accuracy on real messages.
 """
 
 import argparse
@@ -18,33 +18,33 @@ from torch import nn
 
 import dni
 
-WIDTH = 64  # of the message
+WIDTH = 64  # features of the message
 PART_A, PART_B = 0, 1  # ranks
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=3000, help="of each process (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=3000, help="training steps of each process (default: %(default)s)")
     parser.add_argument("--every", type=int, default=10, help="steps between exchanges (default: %(default)s)")
     return parser.parse_args(argv)
 
 
 def synchronise(interface):
-    """Give each synthesizer's weights from the process that trains it to the other one."""
+    """Copy each synthesizer's weights from the process that trains it to the other one."""
     for part, source in ((interface.forward_interface, PART_A), (interface.backward_interface, PART_B)):
         for parameter in part.parameters():
             dist.broadcast(parameter.data, source)
 
 
 def train_a(part, interface, optimizer, x):
-    """A step of part A on its own: no activation leaves the process, no gradient comes in."""
+    """One step of part A on its own: no activation leaves the process, and no gradient comes in."""
     optimizer.zero_grad()
     interface.send(part(x), x)
     optimizer.step()
 
 
 def train_b(part, interface, optimizer, x, labels):
-    """A step of part B on its own, from synthetic messages."""
+    """One step of part B on its own, on synthetic messages."""
     optimizer.zero_grad()
     F.cross_entropy(part(interface.receive(x)), labels, reduction="sum").backward()
     optimizer.step()
