@@ -97,8 +97,7 @@ def train_epoch(model, optimizers, scalers, autocast, batches, meter, delays, lo
         # the order does not matter.
         given, delays.gradients = delays.gradients, [None] * last
         for n in reversed(range(last + 1)):
-            # 1 except in fp16. Gradients are passed on unscaled, because each module has its own scale.
-            scale = scalers[n].scale(one)
+            scale = scalers[n].scale(one)  # 1 except in fp16. Each module has its own, so gradients are passed unscaled
             optimizers[n].zero_grad()
             if n == last:
                 (loss * scale).backward()

@@ -32,7 +32,7 @@ def parse_args(argv=None):
 
 
 def make_optimizer(block, net):
-    """For one module."""
+    """The optimizer of one module."""
     return torch.optim.Adam([*block.parameters(), *net.parameters()], lr=3e-5, fused=True)
 
 

@@ -12,7 +12,7 @@ class BasicSynthesizer(nn.Module):
         output_dim: features of the message.
         n_hidden: number of hidden layers; with 0, the synthesizer is linear.
         hidden_dim, trigger_dim: features of the hidden layers and of the trigger; `output_dim` by default.
-        context_dim: features of the context, which enters the first layer linearly; None for no context.
+        context_dim: features of the context, which has its own linear layer, added to the first; None for no context.
     """
 
     def __init__(self, output_dim, n_hidden=0, hidden_dim=None, trigger_dim=None, context_dim=None):
