@@ -744,7 +744,7 @@ def test_a_full_disk_ends_in_one_line(what, tree, tmp_path, monkeypatch):
     if what == "log":
         log = utils.Path.open
         monkeypatch.setattr(
-            utils.Path, "open", lambda path, mode="r", *a: fail() if mode == "a" and saves else log(path, mode, *a)
+            utils.Path, "open", lambda path, mode="r", *a: fail() if mode == "ab" and saves else log(path, mode, *a)
         )
         monkeypatch.setattr(utils, "save", lambda *a: saves.append(save(*a)))
     status, _, err = run(SCRIPTS["dgl"], *flags, cwd=tmp_path)
@@ -858,9 +858,9 @@ def test_a_checkpoint_that_does_not_fit(whole_run, tree, tmp_path):
     path = whole_run["dgl"][0] / "imagenet_dgl-imagenet_dgl.pt"
     for script, flags, part in [
         ("backprop", [], "imagenet_dgl.py"),
-        ("dgl", ["--arch", "squeezenet1_0"], "--arch 'squeezenet1_1'"),
-        ("dgl", ["--image-size", 48], "--image-size 32"),
-        ("dgl", ["--evaluate", "--num-modules", 1], "--num-modules 2"),
+        ("dgl", ["--arch", "squeezenet1_0"], "arch 'squeezenet1_1'"),
+        ("dgl", ["--image-size", 48], "image_size 32"),
+        ("dgl", ["--evaluate", "--num-modules", 1], "num_modules 2"),
     ]:
         assert part in refused(script, tree, *SMALL, "--resume", path, *flags, cwd=tmp_path)
 
