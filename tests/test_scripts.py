@@ -7,15 +7,20 @@ import os
 import re
 import shutil
 import signal
+import tempfile
+from pathlib import Path
 
 import pytest
 import torch
 from conftest import ROOT, assert_same_run, checkpoint_of, forked, load, log_of, python, refused, run
+from PIL import Image
+from sklearn.datasets import load_digits
 from torch import nn
 
-# Each script with flags for a run of several quick epochs on the digits, of three batches, whether or not the script
+# Each script with flags for a run of several quick epochs on a few digits, of three batches, whether or not the script
 # trains on incomplete ones: 39 images, and the last is alone.
-QUICK = ["--data", "digits", "--train-size", 40, "--batch-size", 13, "--threads", 1, "--epochs", 3]
+SCRATCH = tempfile.TemporaryDirectory()
+QUICK = ["--data", SCRATCH.name, "--train-size", 40, "--batch-size", 13, "--threads", 1, "--epochs", 3]
 SCRIPTS = {
     "auxiliary_nets_study/cifar_dgl.py": [*QUICK, "--feature_size", 4, "--block_size", 2],
     "buffer_experiments/cifar_buffer.py": [
@@ -34,6 +39,12 @@ SCRIPTS = {
 EPOCH_LINE = re.compile(
     r"n: (\d+), epoch (\d+),(?: loss: |epochtrue )(\S+), train (?:top1:)?(\S+?),? test (?:top1:)?(\S+?)(?:,ense \S+)?"
 )
+DIGITS = load_digits()
+for label in range(10):  # 4 training and 2 test images of each
+    for i, pixels in enumerate(DIGITS.images[DIGITS.target == label][:6]):
+        file = Path(SCRATCH.name, "train" if i < 4 else "test", f"{label}", f"{i}.png")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((pixels * 15).astype("uint8")).resize((32, 32)).save(file)
 every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
@@ -105,7 +116,7 @@ def test_log(script, whole_run):
     arguments, environment, data, model, *_ = lines = log_of(whole_run(script))
     assert arguments["train_size"] == 40
     assert environment.startswith("environment: Python 3.")
-    assert data == "data: digits, 40 training and 297 test images of 10 classes"
+    assert data == "data: image folder, 40 training and 20 test images of 10 classes"
     assert re.match(r"model, [\d,]+ parameters: \w+", model)
     epochs = [[float(x) for x in match.groups()] for line in lines[1:] if (match := EPOCH_LINE.fullmatch(line))]
     assert {epoch for _, epoch, *_ in epochs} == {*range(1, arguments["epochs"] + 1)}
