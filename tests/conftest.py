@@ -207,3 +207,12 @@ def image_folder(tmp_path_factory):
         image = Image.fromarray((pixels * 15).astype("uint8")).resize((32, 32)).convert("RGB")
         image.save(folder / f"{i:02}.{'png' if i % 2 else 'jpg'}")
     return root
+
+
+def copy_tree(tree, target):
+    """Copy an image folder, to change the copy."""
+    for file in tree.glob("*/*/*"):
+        copy = target / file.relative_to(tree)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_bytes(file.read_bytes())
+    return target

@@ -20,7 +20,7 @@ import conftest
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_same, checkpoint_of, forked, load, run, torchrun
+from conftest import ROOT, assert_same, checkpoint_of, copy_tree, forked, load, run, torchrun
 from forked_ranks import fork_ranks, run_ranks
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -218,14 +218,6 @@ def test_folders_that_do_not_fit(tree, tmp_path):
 
 
 # Input
-
-
-def copy_tree(tree, target):
-    for file in tree.glob("*/*/*"):
-        copy = target / file.relative_to(tree)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(file.read_bytes())
-    return target
 
 
 def load_data(tree, *flags):

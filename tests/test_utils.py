@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision.transforms.functional as TF
-from conftest import ROOT, load
+from conftest import ROOT, copy_tree, load
 from PIL import Image
 from torchvision.datasets import CIFAR10
 
@@ -155,16 +155,8 @@ def test_image_folder(image_folder):
         assert data.train.labels[i] == int(file.parent.name == "class1")
 
 
-def copy_folder(image_folder, target):
-    for file in image_folder.glob("*/*/*"):
-        copy = target / file.relative_to(image_folder)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        copy.write_bytes(file.read_bytes())
-    return target
-
-
 def test_images_are_decoded_once_and_again_when_one_changes(image_folder, tmp_path, monkeypatch):
-    root = copy_folder(image_folder, tmp_path)
+    root = copy_tree(image_folder, tmp_path)
     decoded = []
     convert = cifar.pil_to_tensor
     monkeypatch.setattr(cifar, "pil_to_tensor", lambda image: decoded.append(1) or convert(image))
@@ -183,7 +175,7 @@ def test_images_are_decoded_once_and_again_when_one_changes(image_folder, tmp_pa
 
 @pytest.mark.parametrize("name", ["00.jpg", "01.png"])
 def test_a_truncated_image_is_named(image_folder, tmp_path, capsys, name):
-    file = next(copy_folder(image_folder, tmp_path).glob(f"train/*/{name}"))
+    file = next(copy_tree(image_folder, tmp_path).glob(f"train/*/{name}"))
     file.write_bytes(file.read_bytes()[:-60])
     assert str(file) in refused(capsys, "--data", tmp_path)
     file.write_bytes(b"")
@@ -191,7 +183,7 @@ def test_a_truncated_image_is_named(image_folder, tmp_path, capsys, name):
 
 
 def test_folders_that_do_not_fit_are_refused(image_folder, tmp_path, capsys):
-    root = copy_folder(image_folder, tmp_path)
+    root = copy_tree(image_folder, tmp_path)
     Image.new("RGB", (48, 40)).save(root / "test" / "class0" / "large.png")
     assert "large.png has 48x40 pixels" in refused(capsys, "--data", root)
     (root / "test" / "class0" / "large.png").unlink()
@@ -205,14 +197,14 @@ def test_folders_that_do_not_fit_are_refused(image_folder, tmp_path, capsys):
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
 def test_an_image_of_more_than_8_bits_is_refused(image_folder, tmp_path, capsys, mode):
-    file = copy_folder(image_folder, tmp_path) / "train" / "class0" / "deep.tiff"
+    file = copy_tree(image_folder, tmp_path) / "train" / "class0" / "deep.tiff"
     Image.new(mode, (32, 32), 20_000).save(file)
     message = refused(capsys, "--data", tmp_path)
     assert f"{file}: its channels have more than 8 bits" in message
 
 
 def test_a_decoded_folder_does_not_outlive_its_decoder(image_folder, tmp_path, monkeypatch):
-    root = copy_folder(image_folder, tmp_path)
+    root = copy_tree(image_folder, tmp_path)
     load_data("--data", root)
     monkeypatch.setattr(cifar.PIL, "__version__", "0.0")
     decoded = []
@@ -223,7 +215,7 @@ def test_a_decoded_folder_does_not_outlive_its_decoder(image_folder, tmp_path, m
 
 
 def test_what_is_hidden_is_not_data(image_folder, tmp_path):
-    root = copy_folder(image_folder, tmp_path)
+    root = copy_tree(image_folder, tmp_path)
     image = next((root / "train" / "class0").iterdir())
     for hidden in (".ipynb_checkpoints/copy", "class0/.ipynb_checkpoints/copy", "class0/._copy"):
         copy = root / "train" / f"{hidden}{image.suffix}"
@@ -234,12 +226,12 @@ def test_what_is_hidden_is_not_data(image_folder, tmp_path):
     (root / "test" / ".#notes").symlink_to("nowhere")  # as an editor leaves it
     assert load_data("--data", root).num_classes == 2
     hidden_parent = tmp_path / ".hidden"
-    copy_folder(image_folder, hidden_parent)
+    copy_tree(image_folder, hidden_parent)
     assert len(load_data("--data", hidden_parent).train.labels) == 20
 
 
 def test_links_to_nowhere_are_named(image_folder, tmp_path, capsys):
-    root = copy_folder(image_folder, tmp_path)
+    root = copy_tree(image_folder, tmp_path)
     link = root / "train" / "class0" / "link.png"
     link.symlink_to(tmp_path / "annex")
     assert f"cannot read the image {link}" in refused(capsys, "--data", root)
@@ -259,7 +251,7 @@ def test_links_to_nowhere_are_named(image_folder, tmp_path, capsys):
 
 
 def test_one_class_is_refused(image_folder, tmp_path, capsys):
-    root = copy_folder(image_folder, tmp_path)
+    root = copy_tree(image_folder, tmp_path)
     for split in ("train", "test"):
         shutil.rmtree(root / split / "class1")
     assert "at least two are needed" in refused(capsys, "--data", root)
