@@ -186,10 +186,12 @@ def decode(tree):
         if image.shape[1:] != (SIDE, SIDE):
             utils.fail(f"{path} has {image.shape[2]}x{image.shape[1]} pixels, not {SIDE}x{SIDE}")
         images[i] = image.permute(1, 2, 0)
+    own = Path(f"{cache}.{os.getpid()}")  # other runs may be decoding the same folder
     with contextlib.suppress(OSError, RuntimeError):  # a folder that cannot be written to: decoded in every run
-        own = Path(f"{cache}.{os.getpid()}")  # other runs may be decoding the same folder
         utils.save({"key": key, "images": images}, own)
         own.replace(cache)
+    with contextlib.suppress(OSError):
+        own.unlink()  # if it could not replace the cache
     return images
 
 

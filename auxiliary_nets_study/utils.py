@@ -72,7 +72,7 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def parse_args(self, argv=None):
         """With `--resume CHECKPOINT`, flags that are not given have the checkpoint's values."""
-        sys.stdout, sys.stderr = Screen(sys.stdout), Screen(sys.stderr)
+        sys.stdout, sys.stderr = (s if isinstance(s, Screen) else Screen(s) for s in (sys.stdout, sys.stderr))
         on_interrupt("Interrupted before this run finished an epoch.")
         args = super().parse_args(argv)
         if args.resume == "auto":

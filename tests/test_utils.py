@@ -8,6 +8,7 @@ import pickle
 import re
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -171,6 +172,24 @@ def test_images_are_decoded_once_and_again_when_one_changes(image_folder, tmp_pa
     (root / "test.decoded.pt").write_bytes(b"damaged")
     load_data("--data", root)
     assert len(decoded) == 60
+
+
+def test_a_cache_that_cannot_be_written_leaves_nothing(image_folder, tmp_path):
+    root = copy_tree(image_folder, tmp_path)
+    for split in ("train", "test"):
+        (root / f"{split}.decoded.pt").mkdir()
+    assert len(load_data("--data", root).train.labels) == 20
+    assert sorted(path.name for path in root.iterdir()) == ["test", "test.decoded.pt", "train", "train.decoded.pt"]
+
+
+def test_parsing_again_adds_no_screen_to_the_screen():
+    """A sweep parses the flags of each of its runs."""
+    script = load("learning_curves", "cifar_dgl")
+    for _ in range(2):
+        script.parse_args([])
+        for stream in (sys.stdout, sys.stderr):
+            assert isinstance(stream, script.utils.Screen)
+            assert not isinstance(stream.stream, script.utils.Screen)
 
 
 @pytest.mark.parametrize("name", ["00.jpg", "01.png"])
