@@ -29,6 +29,7 @@ import cifar
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
+    cifar.add_bn_init_flag(parser)
     parser.add_argument("--type_aux", choices=["mlp-sr", "mlp", "cnn"], default="mlp-sr", help="auxiliary network")
     parser.add_argument("--block_size", type=utils.at_least(1), default=1, help="layers in a module")
     parser.add_argument("--depth", type=utils.at_least(1), default=6, help="layers of the network")
@@ -251,7 +252,8 @@ def main(argv=None):
             return print_flops(DGLNet(10, *shape).eval())
     device = utils.setup(args)
     data = cifar.load_data(args, device)
-    model = utils.to_device(DGLNet(data.num_classes, *shape), args, device)
+    network = cifar.init_batch_norm(DGLNet(data.num_classes, *shape), args.bn_init)
+    model = utils.to_device(network, args, device)
     optimizers = [cifar.sgd(parts, lr=0.1, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
     scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)

@@ -15,6 +15,7 @@ import utils
 import PIL.Image
 import torch
 import torch.nn.functional as F
+from torch import nn
 from torchvision.datasets import CIFAR10, ImageFolder
 from torchvision.datasets.folder import IMG_EXTENSIONS, has_file_allowed_extension
 from torchvision.transforms.functional import pil_to_tensor
@@ -207,6 +208,19 @@ def balanced(images, labels, size, num_classes):
     chosen = (place * num_classes + labels).argsort()[:size]
     chosen = chosen[labels[chosen].argsort(stable=True)]
     return images[chosen], labels[chosen]
+
+
+def add_bn_init_flag(parser):
+    help = "first weights of BatchNorm: 1, or from U(0, 1) as in the published runs"
+    parser.add_argument("--bn-init", choices=["ones", "uniform"], default="ones", help=help)
+
+
+def init_batch_norm(model, bn_init):
+    """With "uniform", draw all BatchNorm weights from U(0, 1): torch's default before 1.0 (its pull request 12325)."""
+    for module in model.modules():
+        if bn_init == "uniform" and isinstance(module, (nn.BatchNorm1d, nn.BatchNorm2d)):
+            nn.init.uniform_(module.weight)
+    return model
 
 
 def sgd(modules, lr, weight_decay, nesterov=False):

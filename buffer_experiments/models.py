@@ -10,6 +10,7 @@ import utils
 
 from torch import nn
 
+import cifar
 from cifar import SIDE
 
 DOWNSAMPLINGS = ["maxpool", "avgpool", "stride", "psi"]
@@ -118,6 +119,7 @@ def add_network_flags(parser):
     add("--mlp", type=utils.at_least(0), default=3, help="hidden layers of an auxiliary network")
     add("--nlin", type=utils.at_least(0), default=0, help="3x3 convolutions before them")
     add("--width_aux", type=utils.at_least(1), default=256, help="their channels, doubled at each downsampling")
+    cifar.add_bn_init_flag(parser)
     add("--bn", type=int, choices=[0, 1], default=1, help="BatchNorm, everywhere (1) or nowhere (0)")
 
 
@@ -132,7 +134,7 @@ def check_network_flags(parser, args):
 
 def make_network(args, num_classes, block_size=1):
     """The BufferNet that the flags describe."""
-    return BufferNet(
+    network = BufferNet(
         num_classes,
         args.ncnn,
         args.feature_size,
@@ -144,3 +146,4 @@ def make_network(args, num_classes, block_size=1):
         args.width_aux,
         block_size,
     )
+    return cifar.init_batch_norm(network, args.bn_init)

@@ -88,7 +88,7 @@ def is_complete(folder, name, flags):
     wanted = json.loads(json.dumps(vars(cifar_buffer.parse_args(flags))))
     last, epochs = wanted["ncnn"] - 1, wanted["epochs"]
     end = f"epoch {epochs}, relative MSE" if wanted["quantize"] else f"n: {last}, epoch {epochs},"
-    decisive = wanted.keys() - (utils.MAY_DIFFER - {"data", "epochs"})
+    decisive = wanted.keys() - (utils.MAY_DIFFER - {"epochs"})
     for log in folder.glob(f"*[_-]cifar_buffer[_-]{name}.log"):  # older ones are called *_cifar_buffer_<name>.log
         *lines, rest = log.read_text().split("\n")
         if lines and not rest and lines[0].startswith("arguments: ") and lines[-1].startswith(end):

@@ -26,6 +26,7 @@ from models import CNN, one_hot
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
+    cifar.add_bn_init_flag(parser)
     add = parser.add_argument
     add("--batch-size", type=utils.at_least(2), default=256, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
@@ -84,7 +85,8 @@ def main(argv=None):
     args = parse_args(argv)
     device = utils.setup(args)
     data = cifar.load_data(args, device)
-    model = utils.to_device(CNN(data.num_classes, args.dni, args.context), args, device)
+    network = cifar.init_batch_norm(CNN(data.num_classes, args.dni, args.context), args.bn_init)
+    model = utils.to_device(network, args, device)
     optimizer = make_optimizer(model, args.sgd)
     scaler = cifar.grad_scaler(args, device)
     autocast = utils.autocast(args, device)

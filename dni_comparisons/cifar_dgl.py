@@ -22,6 +22,7 @@ from models import DGLNet
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
+    cifar.add_bn_init_flag(parser)
     add = parser.add_argument
     add("--batch-size", type=utils.at_least(2), default=256, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
@@ -71,7 +72,8 @@ def main(argv=None):
     args = parse_args(argv)
     device = utils.setup(args)
     data = cifar.load_data(args, device)
-    model = utils.to_device(DGLNet(data.num_classes), args, device)
+    network = cifar.init_batch_norm(DGLNet(data.num_classes), args.bn_init)
+    model = utils.to_device(network, args, device)
     optimizers = [make_optimizer(*module) for module in zip(model.blocks, model.auxiliary_nets)]
     scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)

@@ -1,12 +1,11 @@
-"""What every script needs around its algorithm: flags, screen, device, log and checkpoint.
-
-Every folder has its own copy, so that it runs when copied away alone. After changing one: make utils FROM=<folder>."""
+"""Flags, screen, device, log and checkpoint. Every folder has a copy; after changing one: make utils FROM=<folder>."""
 
 import argparse
 import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import json
 import math
 import os
@@ -26,7 +25,7 @@ signal.signal(signal.SIGINT, on_ctrl_c)
 
 # Flags of this start alone, which --resume does not take from the checkpoint; and all that may differ from its own
 HERE = {"compile", "no_cuda", "resume", "save_folder", "script", "threads"}
-MAY_DIFFER = HERE | {"data", "epochs", "log_interval", "test_batch_size"}
+MAY_DIFFER = HERE | {"epochs", "log_interval", "test_batch_size"}
 
 
 def fail(message):
@@ -58,9 +57,8 @@ class ArgumentParser(argparse.ArgumentParser):
             return action.help if str(action.default) in ("None", "False", "") else super()._get_help_string(action)
 
     def __init__(self, file, doc):
-        script = Path(file).resolve()
-        super().__init__(script.name, description=doc, formatter_class=self.Formatter, allow_abbrev=False)
-        self.set_defaults(script=f"{script.parent.name}/{script.stem}")
+        super().__init__(Path(file).name, description=doc, formatter_class=self.Formatter, allow_abbrev=False)
+        self.set_defaults(script="/".join(Path(file).resolve().with_suffix("").parts[-2:]))
         add = self.add_argument_group("flags of all scripts").add_argument
         add("--name", default="", help="added to the names of log and checkpoint")
         add("--save_folder", default=".", help="folder for log and checkpoint")
@@ -78,13 +76,19 @@ class ArgumentParser(argparse.ArgumentParser):
         if args.resume == "auto":
             args.resume = str(checkpoint_path(args)) if checkpoint_path(args).exists() else None
         elif args.resume is not None:
-            saved = load_checkpoint(args.resume, args.script)["arguments"]
-            taken = {flag: saved[flag] for flag in saved.keys() - HERE}
-            self.set_defaults(**taken, save_folder=str(Path(args.resume).parent))
+            saved = load_checkpoint(args.resume, args.script)["arguments"].items()
+            self.set_defaults(**{k: v for k, v in saved if k not in HERE}, save_folder=str(Path(args.resume).parent))
             args = super().parse_args(argv)
         if "/" in args.name:
             self.error(f"--name {args.name} cannot be part of a file name; --save_folder chooses the folder")
+        vars(args).pop("ignored", None)
         return args
+
+    def ignore(self, *flags):
+        """Accept flags of the published scripts that have no effect any more, with or without a value."""
+        for flag in flags:
+            say = functools.cache(lambda value, flag=flag: print(f"{flag} has no effect any more", file=sys.stderr))
+            self.add_argument(flag, nargs="?", const="", type=say, dest="ignored", help=argparse.SUPPRESS)
 
     def error(self, message):
         fail(f"{message} (see --help)")
@@ -111,10 +115,9 @@ class Screen:
 def on_interrupt(message):
     """Let Ctrl-C, SIGTERM and a terminal that is closed end the program with this line instead of a traceback."""
 
-    def hook(kind, error, traceback):
-        if not issubclass(kind, KeyboardInterrupt):
-            return sys.__excepthook__(kind, error, traceback)
-        print(f"\n{message}", file=sys.stderr)
+    def hook(kind, *error):
+        interrupted = issubclass(kind, KeyboardInterrupt)
+        print(f"\n{message}", file=sys.stderr) if interrupted else sys.__excepthook__(kind, *error)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores the second
@@ -217,12 +220,10 @@ class Run:
     def begin(self):
         device, model = self.data.train.device, self.parts["model"]
         chip = torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-        versions = (
-            f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
-        )
+        python = f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
         machine = f"{platform.system()} {platform.machine()}, {device.type} ({chip}), {torch.get_num_threads()} threads"
         self.log(f"arguments: {json.dumps(vars(self.args))}")
-        self.log(f"environment: {versions}, {machine}, TF32 {'on' if torch.backends.cudnn.allow_tf32 else 'off'}")
+        self.log(f"environment: {python}, {machine}, TF32 {torch.backends.cudnn.allow_tf32}")
         self.log(f"data: {self.data.description}")
         self.log(f"model, {sum(p.numel() for p in model.parameters()):,} parameters: {model}")
 
@@ -273,11 +274,10 @@ class Run:
     def load(self, path):
         """Set everything to the state of a checkpoint, and cut the log to its length at the time."""
         state = load_checkpoint(path, self.args.script)
-        for flag in sorted(vars(self.args).keys() - MAY_DIFFER.difference(self.fixed)):
-            if (was := state["arguments"].get(flag)) != (now := getattr(self.args, flag)):
-                fail(f"{path} was made with {flag} {was!r}; in this run it is {now!r}")
-        if state["data"] != self.data.description:
-            fail(f"{path} was trained on {state['data']}; this run's data: {self.data.description}")
+        was, now = state["arguments"] | {"data": state["data"]}, vars(self.args) | {"data": self.data.description}
+        for flag in sorted(now.keys() - MAY_DIFFER.difference(self.fixed)):
+            if was.get(flag) != now[flag]:
+                fail(f"{path} was made with {flag} {was.get(flag)!r}; in this run it is {now[flag]!r}")
         try:
             for name, part in self.parts.items():
                 part.load_state_dict(state["parts"][name])

@@ -23,6 +23,7 @@ from models import DGLNet
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
+    cifar.add_bn_init_flag(parser)
     parser.add_argument("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     parser.add_argument("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     parser.add_argument("--epochs", type=utils.at_least(1), default=50, help="passes over the training set")
@@ -72,7 +73,8 @@ def main(argv=None):
     args = parse_args(argv)
     device = utils.setup(args)
     data = cifar.load_data(args, device)
-    model = utils.to_device(DGLNet(data.num_classes), args, device)
+    network = cifar.init_batch_norm(DGLNet(data.num_classes), args.bn_init)
+    model = utils.to_device(network, args, device)
     optimizers = [cifar.sgd(parts, args.lr, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
     scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)

@@ -208,4 +208,4 @@ def test_float32_is_what_the_log_says(precision, tmp_path):
     assert run(SCRIPT, *FLAGS, "--epochs", 1, "--precision", precision, cwd=tmp_path)[0] == 0
     expected = precision == "tf32"
     assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == expected
-    assert log_of(tmp_path)[1].endswith(f", TF32 {'on' if expected else 'off'}")
+    assert log_of(tmp_path)[1].endswith(f", TF32 {expected}")

@@ -227,9 +227,9 @@ def test_a_checkpoint_that_does_not_fit_is_refused_and_left_as_it_was(script, wh
         ("tensor", torch.zeros(3), [], "not a checkpoint of these scripts"),
         ("other", other, [], "a checkpoint of another.py"),
         ("network", network, [], "another network"),
-        ("description", {**network, "data": "other images"}, [], "trained on other images"),
+        ("description", {**network, "data": "other images"}, [], "data 'other images'"),
         ("flags", content, ["--batch-size", 20], "batch_size 13"),
-        ("data", content, ["--data", "digits", "--train-size", 50], "train_size 40"),
+        ("data", content, ["--data", "digits", "--train-size", 50], "data 'image folder, 40 training"),
     ]:
         path = tmp_path / f"{case}.pt"
         path.write_bytes(state) if isinstance(state, bytes) else torch.save(state, path)
