@@ -77,7 +77,7 @@ def evaluate(model, autocast, batches):
 def main(argv=None):
     args = parse_args(argv)
     device = utils.setup(args)
-    data = cifar.load_data(args, device, drop_last=True)
+    data = cifar.load_data(args, device)
     model = utils.to_device(ResNet(data.num_classes, args.depth, args.num_splits), args, device)
     optimizer = make_optimizer(model)
     scaler = cifar.grad_scaler(args, device)

@@ -24,6 +24,7 @@ from models import DGLNet, cut
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
+    cifar.add_bn_init_flag(parser)  # for the auxiliary networks: the published ResNet's own weights began as 1
     add = parser.add_argument
     add("--num_splits", type=utils.at_least(1), default=2, help="number of modules (K)")
     add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet, 6n+2")
@@ -46,9 +47,12 @@ def make_optimizers(model):
 
 
 def set_learning_rate(optimizers, epoch):
-    """0.01, divided by 10 at the start of epochs 150 and 225. Epochs count from 1."""
+    """0.01; divided by 10, and momentum from zero, at the start of epochs 150 and 225. Epochs count from 1."""
     for optimizer in optimizers:
         optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** ((epoch >= 150) + (epoch >= 225))
+        if epoch in (150, 225):  # the published code makes a new SGD
+            for state in optimizer.state.values():
+                state["momentum_buffer"].zero_()
 
 
 def train_epoch(model, optimizers, scalers, autocast, batches, meters, log_interval=0):
@@ -87,8 +91,10 @@ def evaluate(model, autocast, batches):
 def main(argv=None):
     args = parse_args(argv)
     device = utils.setup(args)
-    data = cifar.load_data(args, device, drop_last=True)
-    model = utils.to_device(DGLNet(data.num_classes, args.depth, args.num_splits), args, device)
+    data = cifar.load_data(args, device)
+    network = DGLNet(data.num_classes, args.depth, args.num_splits)
+    cifar.init_batch_norm(network.auxiliary_nets, args.bn_init)
+    model = utils.to_device(network, args, device)
     optimizers = make_optimizers(model)
     scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)

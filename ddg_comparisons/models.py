@@ -78,9 +78,7 @@ def blocks(depth, num_splits):
 
 def classifier(num_classes):
     """(B, 64, 1, 1) -> logits (B, num_classes)."""
-    linear = nn.Linear(64, num_classes)
-    nn.init.kaiming_normal_(linear.weight)
-    return nn.Sequential(nn.Flatten(), linear)
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, num_classes))
 
 
 def mlp_sr(channels, side, num_classes):
