@@ -28,6 +28,13 @@ def pytest_configure():
     torch.set_num_threads(1)  # as the runs that are compared to the bit
 
 
+def pytest_collection_modifyitems(items):
+    """Without a GPU, skip the tests marked `cuda`; `pytest -m cuda` runs exactly those."""
+    for item in items if not torch.cuda.is_available() else []:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
 # Running scripts
 
 

@@ -13,7 +13,7 @@ SCRIPT = "auxiliary_nets_study/cifar_dgl.py"
 TYPES = ["mlp-sr", "mlp", "cnn"]
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    pytest.param("cuda", marks=pytest.mark.cuda),
 ]
 dgl = load("auxiliary_nets_study", "cifar_dgl")
 cifar, utils = dgl.cifar, dgl.utils

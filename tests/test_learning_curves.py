@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    pytest.param("cuda", marks=pytest.mark.cuda),
 ]
 dgl = load("learning_curves", "cifar_dgl")
 sequential = load("learning_curves", "cifar_sequential_greedy")
@@ -156,7 +156,7 @@ def test_no_value_is_read_in_the_training_loop(monkeypatch):
         meters[0].sums[0].item()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_the_cpu_never_waits_for_the_gpu_in_the_training_loop(precision):
     model, optimizers, scalers, autocast, batches = make("cuda", flags=["--precision", precision])
