@@ -12,7 +12,7 @@ from torch import nn
 
 DEVICES = [
     "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+    pytest.param("cuda", marks=pytest.mark.cuda),
 ]
 backprop = load("ddg_comparisons", "cifar_backprop")
 cifar, utils, models = backprop.cifar, backprop.utils, sys.modules["models"]
@@ -507,7 +507,7 @@ def test_loss_scales_that_differ_in_time_and_between_modules_leave_no_trace(meth
         assert torch.allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @methods
 def test_the_cpu_never_waits_for_the_gpu_in_the_training_loop(method, precision):
