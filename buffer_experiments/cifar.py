@@ -3,11 +3,14 @@
 Every CIFAR-10 folder has a copy of it. Change one, and `make utils FROM=<folder>`.
 """
 
+import argparse
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import inspect
 import os
+import types
 from pathlib import Path
 
 import utils
@@ -241,19 +244,77 @@ class Meter:
     """Mean loss and top-1 in % since the last `pop`, added up on the device."""
 
     def __init__(self, device):
-        self.sums, self.count = torch.zeros(2, dtype=torch.float64, device=device), 0
+        self.sums = torch.zeros(3, dtype=torch.float64, device=device)  # of losses, correct predictions, images
+
+    @property
+    def count(self):
+        return int(self.sums[2])
 
     def update(self, loss, logits, labels):
         """Add a batch: its mean loss, logits (B, num_classes), labels (B,)."""
-        self.sums += torch.stack((loss.detach() * len(labels), (logits.argmax(1) == labels).sum()))
-        self.count += len(labels)
+        self.sums[:2] += torch.stack((loss.detach() * len(labels), (logits.argmax(1) == labels).sum()))
+        self.sums[2] += len(labels)
 
     def pop(self):
         """(mean loss, top-1); the meter starts again from zero."""
-        loss, top1 = (self.sums / self.count).tolist()
+        loss, top1, _ = (self.sums / self.sums[2]).tolist()
         self.sums.zero_()
-        self.count = 0
         return loss, 100 * top1
+
+
+def add_cuda_graph_flag(parser):
+    help = "replay training steps as CUDA graphs (not tried on a GPU yet)"
+    parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=False, help=help)
+
+
+class CudaGraph:
+    """Decorator for a training step (images, labels, *parts): on a GPU, captured in a CUDA graph and replayed.
+
+    A graph launches all kernels of a step at once; launched one by one, they keep these small networks' GPU waiting.
+    For a size of batch and its parts (network, optimizers, meters, ...), WARM_UP steps run as they are written, and the
+    next one is captured. A changed learning rate begins anew. What a step returns is overwritten by the next replay.
+    """
+
+    DEVICE, WARM_UP = "cuda", 3
+
+    def __init__(self, step):
+        functools.update_wrapper(self, step)
+        self.step, self.enabled, self.captures, self.stream = step, False, {}, None
+
+    def __call__(self, images, labels, *parts):
+        if not self.enabled or images.device.type != self.DEVICE:
+            return self.step(images, labels, *parts)
+        flat = [part for item in parts for part in (item if isinstance(item, list) else [item])]
+        groups = [group for part in flat if isinstance(part, torch.optim.Optimizer) for group in part.param_groups]
+        key, rates = (images.shape, *map(id, flat)), [group["lr"] for group in groups]
+        if key not in self.captures or self.captures[key].rates != rates:
+            self.captures[key] = types.SimpleNamespace(rates=rates, parts=flat, steps=0)  # with the parts, ids last
+        capture = self.captures[key]
+        capture.steps += 1
+        if capture.steps <= self.WARM_UP:
+            return self.run_eagerly(images, labels, *parts)
+        if capture.steps == self.WARM_UP + 1:
+            capture.inputs, capture.graph = (images.clone(), labels.clone()), torch.cuda.CUDAGraph()
+            with_step_on_device = [group for group in groups if "capturable" in group]  # Adam's, if fused, as here
+            for group in with_step_on_device:
+                group["capturable"] = True
+            with torch.cuda.graph(capture.graph, stream=self.stream):
+                capture.outputs = self.step(*capture.inputs, *parts)
+            for group in with_step_on_device:
+                group["capturable"] = False
+        for static, new in zip(capture.inputs, (images, labels)):
+            static.copy_(new)
+        capture.graph.replay()
+        return capture.outputs
+
+    def run_eagerly(self, *arguments):
+        """Run the step on the stream of the capture: autograd's nodes may keep the stream that they first ran on."""
+        self.stream = self.stream or torch.cuda.Stream()
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            outputs = self.step(*arguments)
+        torch.cuda.current_stream().wait_stream(self.stream)
+        return outputs
 
 
 def log_epoch(run, n, epoch, meter, test_top1):

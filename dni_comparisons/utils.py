@@ -24,7 +24,7 @@ import torchvision
 signal.signal(signal.SIGINT, on_ctrl_c)
 
 # Flags of this start alone, which --resume does not take from the checkpoint; and all that may differ from its own
-HERE = {"compile", "no_cuda", "resume", "save_folder", "script", "threads"}
+HERE = {"compile", "cuda_graph", "no_cuda", "resume", "save_folder", "script", "threads"}
 MAY_DIFFER = HERE | {"epochs", "log_interval", "test_batch_size"}
 
 

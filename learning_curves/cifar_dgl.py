@@ -24,6 +24,7 @@ def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
     cifar.add_bn_init_flag(parser)
+    cifar.add_cuda_graph_flag(parser)
     parser.add_argument("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     parser.add_argument("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     parser.add_argument("--epochs", type=utils.at_least(1), default=50, help="passes over the training set")
@@ -38,21 +39,27 @@ def set_learning_rate(optimizers, lr, epoch):
         optimizer.param_groups[0]["lr"] = lr * 0.2 ** ((epoch - 1) // 15)
 
 
+@cifar.CudaGraph
+def train_step(images, labels, model, optimizers, scalers, autocast, meters):
+    """Synchronous DGL on a batch (Algorithm 1). Each module updates before the next one sees the batch."""
+    x = images
+    for n, (optimizer, scaler) in enumerate(zip(optimizers, scalers)):
+        with autocast:
+            logits, representation = model(x, n)
+            loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
+        scaler.step(optimizer)
+        scaler.update()
+        meters[n].update(loss, logits, labels)
+        x = representation.detach()  # update unlocking: nothing flows back across modules
+
+
 def train_epoch(model, optimizers, scalers, autocast, batches, meters):
-    """One epoch of synchronous DGL (Algorithm 1). Each module updates before the next one sees the batch."""
+    """One epoch of synchronous DGL."""
     model.train()
     for images, labels in tqdm(batches, disable=None, leave=False):
-        x = images
-        for n, (optimizer, scaler) in enumerate(zip(optimizers, scalers)):
-            with autocast:
-                logits, representation = model(x, n)
-                loss = F.cross_entropy(logits, labels)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
-            scaler.step(optimizer)
-            scaler.update()
-            meters[n].update(loss, logits, labels)
-            x = representation.detach()  # update unlocking: nothing flows back across modules
+        train_step(images, labels, model, optimizers, scalers, autocast, meters)
 
 
 @torch.no_grad()
@@ -79,6 +86,7 @@ def main(argv=None):
     scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)
     meters = [cifar.Meter(device) for _ in optimizers]
+    train_step.enabled = args.cuda_graph
     run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers)
     for epoch in run.epochs(args.epochs):
         set_learning_rate(optimizers, args.lr, epoch)
