@@ -29,6 +29,7 @@ def parse_args(argv=None):
     add("--epochs", type=utils.at_least(1), default=1500, help="passes over the training set")
     add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and the order of the data")
     add("--log-interval", type=utils.at_least(0), default=0, help="print the loss every N batches (0: never)")
+    parser.ignore("--lr", "--context")
     return parser.parse_args(argv)
 
 

@@ -327,7 +327,7 @@ def test_autocast_trains_a_synthesizer_that_was_called_before():
     with torch.autocast("cpu", torch.bfloat16):
         trigger = net.a(net.x)
         net.interface.backward(trigger)
-        loss = net.loss(net.interface.make_trigger(trigger))
+        loss = net.loss(net.interface.make_trigger(trigger.detach()))
     loss.backward()
     assert all(g is not None and g.any() for g in gradients(net.interface))
 
@@ -520,9 +520,9 @@ PUBLISHED = """Files already downloaded and verified
 n: 3, epoch 1, loss: 1.99395, train top1:0 test top1:42.07
 n: 3, epoch 2, loss: 1.76039, train top1:0 test top1:46.36000061035156
 """
-PUBLISHED_DGL = """n: 3, epoch 0, loss: 2.05954, train top1:28.276 test top1:39.11 
-n: 3, epoch 1, loss: 1.8665, train top1:39.926 test top1:44.48 
-"""  # noqa: W291
+PUBLISHED_DGL = """n: 3, epoch 0, loss: 2.05954, train top1:28.276 test top1:39.11
+n: 3, epoch 1, loss: 1.8665, train top1:39.926 test top1:44.48
+""".replace("\n", " \n")
 
 
 NOTEBOOK = FOLDER / "analyze_dni_compare.ipynb"

@@ -23,7 +23,7 @@ def error_gradient(synthetic, true):
 
 
 class TrainByGradient(torch.autograd.Function):
-    """Copies the trigger. The copy's real gradient trains the synthesizer."""
+    """Copies the trigger. The copy's real gradient goes on to the trigger, and trains the synthesizer."""
 
     @staticmethod
     def forward(trigger, synthetic):
@@ -36,12 +36,12 @@ class TrainByGradient(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         (synthetic,) = ctx.saved_tensors
-        return None, error_gradient(synthetic, gradient)
+        return gradient, error_gradient(synthetic, gradient)
 
 
 def train_by_gradient(trigger, synthetic):
     # requires_grad, so that there is a backward pass even if the synthesizer has no parameters
-    return TrainByGradient.apply(trigger.detach().requires_grad_(), synthetic)
+    return TrainByGradient.apply(trigger if trigger.requires_grad else trigger.detach().requires_grad_(), synthetic)
 
 
 class UnidirectionalInterface(nn.Module):
@@ -75,35 +75,34 @@ class ForwardInterface(UnidirectionalInterface):
         return self.receive(trigger)
 
 
-class BackwardInterface(nn.Module):
-    """In training, replaces gradients with synthetic ones, so that the previous part need not wait."""
+class BackwardInterface(UnidirectionalInterface):
+    """In training, replaces gradients with synthetic ones, so that the previous part need not wait.
 
-    def __init__(self, synthesizer):
-        super().__init__()
-        self.synthesizer = synthesizer
+    Its messages are gradients: `send` and `receive` do for them what they do in a UnidirectionalInterface.
+    """
 
     @torch.compiler.disable(recursive=False)
     def backward(self, trigger, factor=1):
         """In training, backpropagate `factor` times the synthetic gradient from the trigger, if that requires grad."""
         if self.training and trigger.requires_grad:
-            backward(trigger, factor * synthesize(self.synthesizer, trigger, trigger.dtype, train=False))
+            backward(trigger, factor * self.receive(trigger))
 
     @torch.compiler.disable(recursive=False)
     def make_trigger(self, trigger):
-        """A detached copy of the trigger. Its real gradient, when it arrives, trains the synthesizer."""
+        """A copy of the trigger. Its real gradient trains the synthesizer, and goes on to the trigger."""
         if not (self.training and torch.is_grad_enabled()):
             return trigger
         return train_by_gradient(trigger, synthesize(self.synthesizer, trigger, trigger.dtype, train=True))
 
     @torch.compiler.disable(recursive=False)
     def forward(self, trigger):
-        """`backward` and `make_trigger` with a single call of the synthesizer."""
+        """`backward(trigger)`, then `make_trigger(trigger.detach())`, with a single call of the synthesizer."""
         if not (self.training and torch.is_grad_enabled()):
             return trigger
         synthetic = synthesize(self.synthesizer, trigger, trigger.dtype, train=True)
         if trigger.requires_grad:
             backward(trigger, synthetic.detach())
-        return train_by_gradient(trigger, synthetic)
+        return train_by_gradient(trigger.detach(), synthetic)
 
 
 class BidirectionalInterface(nn.Module):

@@ -20,7 +20,7 @@ class BasicSynthesizer(nn.Module):
         width = hidden_dim or output_dim
         widths = [trigger_dim or output_dim, *[width] * n_hidden, output_dim]
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in itertools.pairwise(widths))
-        self.context = nn.Linear(context_dim, widths[1], bias=False) if context_dim else None
+        self.context = nn.Linear(context_dim, widths[1]) if context_dim else None
         nn.init.zeros_(self.layers[-1].weight)
         if self.context and not n_hidden:
             nn.init.zeros_(self.context.weight)
