@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, load, run
+from conftest import ROOT, assert_same_run, checkpoint_of, load, log_of, run
 from torch import nn
 
 DEVICES = [
@@ -229,6 +229,27 @@ def test_learning_rate_and_momentum(method):
         assert (group["momentum"], group["weight_decay"], group["nesterov"]) == (0.9, 5e-4, method != "dgl")
 
 
+@methods
+def test_only_dgls_momentum_starts_again_when_the_rate_drops(method):
+    training = Training(method)
+    optimizers = training.optimizers if isinstance(training.optimizers, list) else [training.optimizers]
+    momentum = [state["momentum_buffer"] for optimizer in optimizers for state in optimizer.state.values()]
+    assert len(momentum) == len(list(training.model.parameters()))
+    for epoch in (1, 149, 150, 151, 224, 225, 226, 300):
+        for m in momentum:
+            m.fill_(2)
+        training.script.set_learning_rate(training.optimizers, epoch)
+        assert {m.unique().item() for m in momentum} == {0 if method == "dgl" and epoch in (150, 225) else 2}
+
+
+@methods
+def test_incomplete_batches_are_trained_on(method, image_folder, tmp_path):
+    flags = ["--data", image_folder, "--epochs", 1, "--depth", 8, "--threads", 1, "--log-interval", 1]
+    for batch_size, batches in [(9, 3), (21, 1)]:  # of 20 images
+        status, out, _ = run(f"ddg_comparisons/cifar_{method}.py", *flags, "--batch-size", batch_size, cwd=tmp_path)
+        assert (status, out.count(f" of {batches}, loss: ")) == (0, batches)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @methods
 def test_evaluate_is_one_pass_and_equals_the_forward_passes(method, device):
@@ -274,6 +295,51 @@ def test_dgls_first_module_never_sees_the_seconds_loss():
         F.cross_entropy(model(x_n, n)[0], torch.arange(4)).backward()
         others = [*model.blocks[1 - n].parameters(), *model.auxiliary_nets[1 - n].parameters()]
         assert all(p.grad is None for p in others)
+
+
+def test_what_follows_the_drop_equals_a_new_sgd_to_the_bit():
+    whole = Training("dgl").epoch(random_batches("cpu"))
+    new = Training("dgl", model=copy.deepcopy(whole.model))
+    for n, parts in enumerate(zip(new.model.blocks, new.model.auxiliary_nets)):
+        parameters = [p for part in parts for p in part.parameters()]
+        new.optimizers[n] = torch.optim.SGD(parameters, lr=0.001, momentum=0.9, weight_decay=5e-4, fused=True)
+    for epoch in (150, 151):  # in the second, momentum is kept
+        whole.script.set_learning_rate(whole.optimizers, epoch)
+        for training in (whole, new):
+            training.epoch(random_batches("cpu"))
+    assert equal(state(whole.model), state(new.model))
+
+
+@pytest.mark.parametrize("stop", [149, 150])
+def test_a_run_resumed_at_the_drop_equals_an_unbroken_one(stop, image_folder, tmp_path):
+    """From a checkpoint of one epoch that is said to be of epoch 148, to epoch 151."""
+    script, name = "ddg_comparisons/cifar_dgl.py", "ddg_comparisons-cifar_dgl.pt"
+    flags = ["--data", image_folder, "--depth", 8, "--batch-size", 8, "--threads", 1, "--resume", "auto"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for folder, ends in ((whole, [151]), (parts, [stop, 151])):
+        folder.mkdir()
+        assert run(script, *flags, "--epochs", 1, cwd=folder)[0] == 0
+        torch.save(checkpoint_of(folder) | {"epoch": 148}, folder / name)
+        for end in ends:
+            assert run(script, *flags, "--epochs", end, cwd=folder)[0] == 0
+    assert [line.split(",")[1] for line in log_of(whole)[-6::2]] == [" epoch 149", " epoch 150", " epoch 151"]
+    assert_same_run(parts, whole)
+
+
+def test_bn_init_is_for_the_auxiliary_networks_alone(image_folder, tmp_path, monkeypatch):
+    script, found = METHODS["dgl"], {}
+    monkeypatch.setattr(script, "train_epoch", lambda model, *_: found.update(state(model)))
+    monkeypatch.setattr(script, "evaluate", lambda *_: [])
+    starts = []
+    for kind in ("ones", "uniform"):
+        flags = ["--data", image_folder, "--bn-init", kind, "--epochs", 1, "--depth", 8, "--save_folder", tmp_path]
+        script.main([str(flag) for flag in flags])
+        starts.append(dict(found))
+    ones, uniform = starts
+    changed = {name for name in ones if not torch.equal(ones[name], uniform[name])}
+    assert changed == {f"auxiliary_nets.0.{layer}.weight" for layer in (2, 5, 8, 13, 16, 19)}
+    values = torch.cat([uniform[name] for name in changed])
+    assert 0 <= values.min() < 0.1 < 0.9 < values.max() < 1
 
 
 # DDG and FR
