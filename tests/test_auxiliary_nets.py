@@ -3,6 +3,7 @@
 import math
 import re
 
+import pandas
 import pytest
 import torch
 import torch.nn.functional as F
@@ -221,14 +222,47 @@ def test_the_log_says_how_layers_are_grouped(tmp_path):
     assert "layers of the modules, 1: 1-4, 2: 5-6\n" in next(tmp_path.glob("*.log")).read_text()
 
 
+NOTEBOOK = ROOT / "auxiliary_nets_study" / "AuxiliaryNets.ipynb"
+PUBLISHED = """Files already downloaded and verified
+DataParallel(
+n: 1, epoch 1, loss: 1.57285, train top1:42.198 test top1:45.36000061035156\x20
+n: 2, epoch 1, loss: 1.43183, train top1:47.862 test top1:53.16\x20
+n: 1, epoch 2, loss: 1.33744, train top1:52.358 test top1:50.49\x20
+n: 2, epoch 2, loss: 1.13937, train top1:60.970 test top1:62.03\x20
+"""
+
+
 def test_notebook(tmp_path, monkeypatch):
     for type_aux in TYPES:
         flags = ["--data", "digits", "--train-size", 20, "--epochs", 1, "--feature_size", 2, "--block_size", 3]
         assert run(SCRIPT, *flags, "--type_aux", type_aux, "--name", type_aux, cwd=tmp_path)[0] == 0
-    environment = {"LOGS": tmp_path, "PICTURE": tmp_path / "picture.png"}
-    path = ROOT / "auxiliary_nets_study" / "AuxiliaryNets.ipynb"
-    assert notebook(path, monkeypatch, **environment) is None
+    (tmp_path / "run_mlp-sr.log").write_text(PUBLISHED)
+    concat, curves = pandas.concat, []
+    monkeypatch.setattr(pandas, "concat", lambda *args, **kwargs: curves.append(concat(*args, **kwargs)) or curves[-1])
+    assert notebook(NOTEBOOK, monkeypatch, LOGS=tmp_path, PICTURE=tmp_path / "picture.png") is None
     assert (tmp_path / "picture.png").stat().st_size > 10_000
-    empty = tmp_path / "20260101-000000_auxiliary_nets_study-cifar_dgl-empty.log"
-    empty.touch()
-    assert str(notebook(path, monkeypatch, **environment)).startswith(str(empty))
+    assert curves[0].kind.value_counts().to_dict() == {"pred": 6, "published": 4}
+    *_, row = curves[0][curves[0].kind == "published"].itertuples()
+    assert (row.module, row.epoch, row.loss, row.train, row.test) == (2, 2, 1.13937, 60.97, 62.03)
+    assert (row.type_aux, row.block_size) == ("mlp-sr", 3)
+    (tmp_path / "flops").mkdir()
+    assert row.share == pytest.approx(table(tmp_path / "flops", "--block_size", 3)[1], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("1_auxiliary_nets_study-cifar_dgl-a.log", ""),
+        ("1_auxiliary_nets_study-cifar_dgl-a.log", "arguments: {}\n" + PUBLISHED),
+        ("1_auxiliary_nets_study-cifar_dgl-a.log", "arguments: {\n" + PUBLISHED),
+        ("1_cifar_dgl_unnamed.log", PUBLISHED),
+        ("cnn.log", PUBLISHED[:-3]),
+        ("cnn.log", PUBLISHED.replace("n: 2, epoch 2", "n: 1, epoch 3")),
+        ("cnn.log", PUBLISHED.replace("n: 2, epoch", "n: 4, epoch")),
+    ],
+)
+def test_the_notebook_names_a_log_that_it_cannot_read(name, text, tmp_path, monkeypatch):
+    (tmp_path / "run_mlp-sr.log").write_text(PUBLISHED)
+    (tmp_path / name).write_text(text)
+    error = notebook(NOTEBOOK, monkeypatch, LOGS=tmp_path, PICTURE=tmp_path / "picture.png")
+    assert str(error).startswith(f"{tmp_path / name} cannot be read: ")
