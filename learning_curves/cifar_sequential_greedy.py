@@ -23,6 +23,7 @@ def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
     cifar.add_bn_init_flag(parser)
+    cifar.add_cuda_graph_flag(parser)
     parser.add_argument("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     parser.add_argument("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     parser.add_argument("--epochs", type=utils.at_least(1), default=50, help="passes over the training set per layer")
@@ -36,24 +37,30 @@ def set_learning_rate(optimizer, lr, epoch):
     optimizer.param_groups[0]["lr"] = lr * 0.2 ** ((epoch - 1) // 15)
 
 
+@cifar.CudaGraph
+def train_step(images, labels, model, n, optimizer, scaler, autocast, meter):
+    """Train layer n (from 0) on a batch, as the layers below represent it."""
+    x = images
+    with torch.no_grad(), autocast:
+        for block in model.blocks[:n]:
+            x = block(x)
+    with autocast:
+        logits, _ = model(x, n)
+        loss = F.cross_entropy(logits, labels)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    meter.update(loss, logits, labels)
+
+
 def train_epoch(model, n, optimizer, scaler, autocast, batches, meter):
     """One epoch of layer n (from 0). The layers below are frozen, including their BatchNorm statistics."""
     model.eval()
     model.blocks[n].train()
     model.auxiliary_nets[n].train()
     for images, labels in tqdm(batches, disable=None, leave=False):
-        x = images
-        with torch.no_grad(), autocast:
-            for block in model.blocks[:n]:
-                x = block(x)
-        with autocast:
-            logits, _ = model(x, n)
-            loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        meter.update(loss, logits, labels)
+        train_step(images, labels, model, n, optimizer, scaler, autocast, meter)
 
 
 @torch.no_grad()
@@ -78,6 +85,7 @@ def main(argv=None):
     scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)
     meter = cifar.Meter(device)
+    train_step.enabled = args.cuda_graph
     run = utils.Run(args, data, fixed=["epochs"], model=model, optimizers=optimizers, scalers=scalers)
     for step in run.epochs(len(optimizers) * args.epochs):
         n, epoch = (step - 1) // args.epochs, (step - 1) % args.epochs + 1

@@ -160,7 +160,7 @@ def log_of(folder):
     (log,) = Path(folder).glob("*.log")
     first, *rest = log.read_text().splitlines()
     arguments = json.loads(first.removeprefix("arguments: "))
-    return [{k: v for k, v in arguments.items() if k not in ("resume", "save_folder")}, *rest]
+    return [{k: v for k, v in arguments.items() if k not in ("cuda_graph", "resume", "save_folder")}, *rest]
 
 
 def checkpoint_of(folder):

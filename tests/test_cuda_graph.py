@@ -1,0 +1,103 @@
+"""cifar.CudaGraph: a run with replayed training steps is the eager run.
+
+Without a GPU, to the bit, with a stand-in for torch.cuda's graphs: at each replay it runs the captured step again, on
+the tensors of the capture and with its learning rates. On a GPU, the real graphs, as closely as a GPU repeats itself.
+"""
+
+import contextlib
+import re
+import types
+
+import pytest
+import torch
+from conftest import assert_same_run, load, log_of
+from test_scripts import QUICK
+
+FLAGS = [*QUICK, "--batch-size", 12, "--epochs", 6]  # three batches of 12, and one of 4
+SCRIPTS = {"learning_curves/cifar_dgl.py": [], "learning_curves/cifar_sequential_greedy.py": []}
+# Captures and replays: of 9 full batches at each learning rate, all but the first 3; of 3 small ones, none
+CALLS = {"learning_curves/cifar_dgl.py": (2, 12), "learning_curves/cifar_sequential_greedy.py": (8, 48)}
+
+
+def train(script, folder, *flags, before=lambda module: None):
+    module = load(*script.removesuffix(".py").split("/"))
+    before(module)
+    module.main([str(flag) for flag in (*FLAGS, *SCRIPTS[script], "--save_folder", folder, *flags)])
+
+
+class StandIn:
+    """What cifar.CudaGraph uses of torch.cuda, on the CPU. `calls` tells captures and replays."""
+
+    def __init__(self, module, monkeypatch):
+        self.graph, self.step, self.capturing, self.calls = module.train_step, module.train_step.step, None, []
+        self.graph.step, self.graph.DEVICE = self.run, "cpu"
+        stream = types.SimpleNamespace(wait_stream=lambda other: None)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: stream)
+        monkeypatch.setattr(torch.cuda, "stream", contextlib.nullcontext)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", types.SimpleNamespace)
+        monkeypatch.setattr(torch.cuda, "graph", self.capture)
+
+    @contextlib.contextmanager
+    def capture(self, graph, stream):
+        self.capturing = graph
+        yield
+        self.capturing = None
+
+    def run(self, *arguments):
+        if not self.capturing:
+            return self.step(*arguments)
+        flat = [part for item in arguments for part in (item if isinstance(item, list) else [item])]
+        groups = [group for part in flat if isinstance(part, torch.optim.Optimizer) for group in part.param_groups]
+        assert all(group.get("capturable", True) for group in groups), "torch refuses to capture this optimizer"
+        rates = [group["lr"] for group in groups]
+
+        def replay():
+            self.calls.append("replay")
+            wanted = [group["lr"] for group in groups]
+            for group, rate in zip(groups, rates):
+                group["lr"] = rate
+            self.step(*arguments)
+            for group, rate in zip(groups, wanted):
+                group["lr"] = rate
+
+        self.calls.append("capture")
+        self.capturing.replay = replay
+        return None
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_replayed_steps_are_the_eager_ones(script, tmp_path, monkeypatch):
+    stand_ins = []
+
+    def drop_the_rate_at_epoch_4(module):
+        def set_learning_rate(optimizers, *others):
+            for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+                optimizer.param_groups[0]["lr"] = 0.01 if others[-1] < 4 else 0.001
+
+        if hasattr(module, "set_learning_rate"):
+            module.set_learning_rate = set_learning_rate
+
+    def with_stand_in(module):
+        drop_the_rate_at_epoch_4(module)
+        stand_ins.append(StandIn(module, monkeypatch))
+
+    train(script, tmp_path / "eager", before=drop_the_rate_at_epoch_4)
+    train(script, tmp_path / "graph", "--cuda-graph", before=with_stand_in)
+    assert_same_run(tmp_path / "eager", tmp_path / "graph")
+    calls = stand_ins[0].calls
+    assert (calls.count("capture"), calls.count("replay")) == CALLS[script]
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_on_a_gpu(script, precision, tmp_path):
+    losses = {}
+    for name in ("eager", "again", "graph"):
+        switch = "--cuda-graph" if name == "graph" else "--no-cuda-graph"
+        train(script, tmp_path / name, "--precision", precision, switch)
+        text = "\n".join(log_of(tmp_path / name)[1:])
+        losses[name] = torch.tensor([float(loss) for loss in re.findall(r"loss: (\S+),", text)])
+    spread = (losses["eager"] - losses["again"]).abs().max()
+    assert (losses["eager"] - losses["graph"]).abs().max() <= 3 * spread + 0.01
