@@ -52,6 +52,12 @@ def parse_args(argv=None):
     add("--balance", choices=["flops", "memory"], default="flops", help="what cuts other networks into equal parts")
     add("--nlin", type=utils.at_least(0), default=3, help="1x1 convolutions in an auxiliary network")
     add("--mlp", type=utils.at_least(0), default=3, help="hidden layers in an auxiliary network")
+    add(
+        "--aux-size",
+        choices=["true", "published"],
+        default="true",
+        help="of resnet18 to resnet152: published: auxiliary networks for half of the true height and width",
+    )
     add("--ensemble", type=int, choices=[0, 1], default=1, help="test the ensembles of modules 0 to n too")
     add("--module-parallel", action="store_true", help="with torchrun: each rank trains one module")
     add("--profile", action="store_true", help="with --module-parallel: print what each rank's time is spent on")
@@ -82,9 +88,9 @@ def make_pipeline(args, device):
 
 
 def make_model(args, num_classes):
-    cut = args.block_size, args.num_modules, args.balance
+    cut, nets = (args.block_size, args.num_modules, args.balance), (args.nlin, args.mlp, args.aux_size)
     try:
-        return models.build_dgl(args.arch, num_classes, data.image_size(args), *cut, args.nlin, args.mlp)
+        return models.build_dgl(args.arch, num_classes, data.image_size(args), *cut, *nets)
     except ValueError as error:
         utils.fail(error)
 

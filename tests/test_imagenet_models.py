@@ -222,6 +222,19 @@ def test_published_resnet_152():
     assert sum(p.numel() for m in parts for p in m.parameters()) == sum(p.numel() for p in plain.parameters())
 
 
+@pytest.mark.parametrize(
+    ("arch", "num_modules", "true", "published"), [("resnet152", 2, [4], [2]), ("resnet18", 3, [14, 4], [7, 2])]
+)
+def test_published_size_of_auxiliary_networks(arch, num_modules, true, published):
+    """Of 14x14 pixels: 2x2 instead of 4x4; of 56x56: 7x7 instead of 14x14. All else is the same."""
+    networks = [build_on_meta(arch, 1000, 224, num_modules=num_modules, aux_size=s) for s in ("true", "published")]
+    for model, sides in zip(networks, (true, published)):
+        assert [net[0].output_size for net in model.auxiliary_nets[:-1]] == [(side, side) for side in sides]
+        for net in model.auxiliary_nets[:-1]:
+            net[0].output_size = None
+    assert str(networks[0]) == str(networks[1])
+
+
 def test_initialisation():
     torch.manual_seed(0)
     vgg, resnet = models.build_dgl("vgg11", 10, 32, block_size=4), models.build_dgl("resnet18", 10, 32, num_modules=3)
@@ -531,6 +544,9 @@ def test_memory_of_resnet_152_against_backprop():
         ({"arch": "???"}, "no architecture '\\?\\?\\?': any classification model of torchvision"),
         ({"arch": "vgg13", "num_modules": 2}, "vgg13 is cut by block_size; num_modules is for .* vgg13_bn"),
         ({"arch": "vgg13", "balance": "memory"}, "vgg13 is cut by block_size; balance is for .* vgg13_bn"),
+        ({"arch": "vgg13", "aux_size": "published"}, "vgg13: aux_size published is for resnet18 to resnet152"),
+        ({"arch": "alexnet", "aux_size": "published"}, "alexnet: aux_size published is for"),
+        ({"arch": "resnet18", "aux_size": "published", "balance": "memory"}, "cut as published .balance flops."),
         ({"arch": "vgg13", "block_size": 11}, "vgg13 has 10 convolutions: block_size must be 1 to 10"),
         ({"arch": "vgg13", "block_size": 0}, "block_size must be 1 to 10"),
         ({"arch": "vgg13_bn", "block_size": 2}, "vgg13_bn is cut by num_modules; block_size is for the paper's VGGs"),

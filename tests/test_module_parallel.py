@@ -76,7 +76,11 @@ def whole(tree, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("num_modules", "flags"),
-    [(3, ["--precision", "fp16", "--dynamic-loss-scale"]), (4, ["--epochdecay", 1])],
+    [
+        (3, ["--precision", "fp16", "--dynamic-loss-scale"]),
+        (4, ["--epochdecay", 1]),
+        (2, ["--arch", "resnet18", "--image-size", 64, "--aux-size", "published"]),
+    ],
 )
 def test_equals_one_process_to_the_bit(num_modules, flags, whole, tree, tmp_path):
     """After 10 steps, some of them on incomplete batches, with tests in between."""

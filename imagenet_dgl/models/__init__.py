@@ -15,7 +15,9 @@ __all__ = ["ARCHITECTURES", "VGGS", "DGLNet", "build_dgl", "build_plain", "costs
 ARCHITECTURES = torchvision.models.list_models(module=torchvision.models)
 
 
-def build_dgl(arch, num_classes, image_size, block_size=None, num_modules=None, balance="flops", nlin=3, mlp=3):
+def build_dgl(
+    arch, num_classes, image_size, block_size=None, num_modules=None, balance="flops", nlin=3, mlp=3, aux_size="true"
+):
     """The network `arch` as a DGLNet on images (B, 3, image_size, image_size).
 
     Args:
@@ -25,11 +27,16 @@ def build_dgl(arch, num_classes, image_size, block_size=None, num_modules=None, 
         num_modules: for all others, K (2).
         balance: see `decouple`.
         nlin, mlp: 1x1 convolutions and hidden layers of the auxiliary networks.
+        aux_size: "published", for the ResNets cut as published: auxiliary networks for half of the true height and
+            width, as `published.resnet` says.
 
     Raises:
         ValueError: there is no such architecture, it cannot be cut like this, or it does not fit images of this size.
     """
     check_name(arch)
+    is_published_resnet = arch in published.RESNETS and balance == "flops"
+    if aux_size == "published" and not is_published_resnet:
+        raise ValueError(f"{arch}: aux_size published is for resnet18 to resnet152, cut as published (balance flops)")
     if arch in VGGS:
         if num_modules is not None or balance == "memory":
             wrong = "num_modules" if num_modules is not None else "balance"
@@ -39,8 +46,8 @@ def build_dgl(arch, num_classes, image_size, block_size=None, num_modules=None, 
         vggs = ", ".join(VGGS)
         raise ValueError(f"{arch} is cut by num_modules; block_size is for the paper's VGGs: {vggs}")
     num_modules = 2 if num_modules is None else num_modules
-    if arch in published.RESNETS and balance == "flops":
-        return published.resnet(arch, num_classes, image_size, num_modules, nlin, mlp)
+    if is_published_resnet:
+        return published.resnet(arch, num_classes, image_size, num_modules, nlin, mlp, aux_size)
     try:
         model = torchvisions(arch, num_classes, image_size)
         return decouple(model, num_modules, num_classes, image_size, balance, nlin, mlp)

@@ -49,8 +49,12 @@ def vgg(arch, num_classes, image_size, block_size=1, nlin=3, mlp=3):
     return DGLNet(blocks, nets)
 
 
-def resnet(arch, num_classes, image_size, num_modules=2, nlin=3, mlp=3):
-    """The list (stem with its max-pool, residual blocks) is cut into K = num_modules runs of ceil(length / K)."""
+def resnet(arch, num_classes, image_size, num_modules=2, nlin=3, mlp=3, aux_size="true"):
+    """The list (stem with its max-pool, residual blocks) is cut into K = num_modules runs of ceil(length / K).
+
+    With aux_size "published", auxiliary networks are made for half of the true height and width, as in the published
+    code, which halved the size once too often: of 14x14 pixels they pool to 2x2, not 4x4.
+    """
     net = torchvision.models.get_model(arch, weights=None, num_classes=num_classes)
     stem = nn.Sequential(net.conv1, net.bn1, net.relu, net.maxpool)
     parts = [stem, *net.layer1, *net.layer2, *net.layer3, *net.layer4]
@@ -63,7 +67,7 @@ def resnet(arch, num_classes, image_size, num_modules=2, nlin=3, mlp=3):
             hint += "; balance='memory' cuts elsewhere"
         raise ValueError(f"{arch}: {reason}; {hint}")
     blocks = [nn.Sequential(*run) for run in runs(parts, math.ceil(len(parts) / num_modules))]
-    nets = auxiliary_nets(blocks[:-1], num_classes, image_size, nlin, mlp)
+    nets = auxiliary_nets(blocks[:-1], num_classes, image_size, nlin, mlp, 2 if aux_size == "published" else 1)
     for part in nets:
         initialise(part)  # torchvision has initialised the blocks like this already
     return DGLNet(blocks, [*nets, nn.Sequential(net.avgpool, nn.Flatten(), net.fc)])
@@ -73,12 +77,13 @@ def runs(parts, length):
     return [parts[i : i + length] for i in range(0, len(parts), length)]
 
 
-def auxiliary_nets(blocks, num_classes, image_size, nlin, mlp):
-    """mlp-sr networks for consecutive blocks, at their outputs' true size."""
+def auxiliary_nets(blocks, num_classes, image_size, nlin, mlp, divisor=1):
+    """mlp-sr networks for consecutive blocks, for their outputs' true height and width, divided by `divisor`."""
     nets, x = [], None
     for block in map(on_meta, blocks):
         x = block(meta_images(block, image_size) if x is None else x)
-        nets.append(auxiliary_net(x.shape, num_classes, nlin, mlp))
+        shape = *x.shape[:2], *(math.ceil(side / divisor) for side in x.shape[2:])
+        nets.append(auxiliary_net(shape, num_classes, nlin, mlp))
     return nets
 
 
