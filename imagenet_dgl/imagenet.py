@@ -10,6 +10,9 @@ Several GPUs, or CPUs, that share each batch:
 
     torchrun --nproc_per_node=4 imagenet.py IMAGENET_DIR --arch resnet152
 
+As published, the schedule counts epochs from 1 and divides the learning rate by 10 at epochs 10, 20, ...: it falls for
+the first time after 9 epochs. Log and --start_epoch count from 0.
+
 Writes a log with one line per epoch, and a checkpoint to --resume from.
 """
 
@@ -27,6 +30,7 @@ import training
 
 def parse_args(argv=None):
     parser = training.make_parser(__file__, __doc__)
+    parser.set_defaults(arch="vgg19_bn")
     return training.check_flags(parser, parser.parse_args(argv))
 
 
@@ -82,11 +86,11 @@ def main(argv=None):
         return ranks.end()
     parallel = ranks.data_parallel(model)
     meter = training.Meter(device)
-    (optimizer,), (scaler,) = training.make_optimizers([model], args, device, args.start_epoch)
+    (optimizer,), (scaler,) = training.make_optimizers([model], args, device, args.start_epoch + 1)
     run = runs.Run(args, images, model=model, optimizer=optimizer, scaler=scaler)
     for epoch in run.epochs(args.epochs):
-        if epoch % args.epochdecay == 0:  # with the new learning rate, momentum and loss scale start again
-            (optimizer,), (scaler,) = training.make_optimizers([model], args, device, epoch)
+        if (epoch + 1) % args.epochdecay == 0:  # with the new learning rate, momentum and loss scale start again
+            (optimizer,), (scaler,) = training.make_optimizers([model], args, device, epoch + 1)
             run.replace_parts(optimizer=optimizer, scaler=scaler)
         batches = run.watch(images.train, [meter], epoch)
         train_epoch(parallel, optimizer, scaler, autocast, batches, meter)
@@ -95,7 +99,7 @@ def main(argv=None):
         loss, top1, top5 = meter.pop()
         run.check_finite(loss, 0, epoch)
         train, test = f"train top1:{top1:.3f}(top5:{top5:.3f})", f"test top1:{test1:.3f} (top5:{test5:.3f})"
-        run.log(f"lr: {training.learning_rate(args, epoch):g}, epoch {epoch}, {train}, {test}")
+        run.log(f"lr: {optimizer.param_groups[0]['lr']:g}, epoch {epoch}, {train}, {test}")
         run.scalars(epoch, 0, loss=loss, train_top1=top1, test_top1=test1)
         run.end_epoch(epoch, test1)
     ranks.end()

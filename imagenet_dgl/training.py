@@ -31,7 +31,7 @@ def make_parser(file, doc):
     add("-j", "--workers", type=utils.at_least(0), default=workers, help="loading processes: 4, or one per core")
     add("-b", "--batch-size", type=utils.at_least(2), default=256, help="images in a batch, of all ranks together")
     add("--nepochs", "--epochs", dest="epochs", type=count, default=50, help="passes over the training set")
-    add("--epochdecay", type=count, default=10, help="epochs after which the learning rate is divided by 10")
+    add("--epochdecay", type=count, default=10, help="the learning rate is divided by 10 every so many epochs")
     add("--lr", "--learning-rate", type=positive, default=0.1, help="learning rate")
     add("--momentum", type=not_negative, default=0.9, help="of SGD")
     add("--wd", "--weight-decay", dest="weight_decay", type=not_negative, default=1e-4, help="weight decay")
@@ -51,6 +51,7 @@ def make_parser(file, doc):
     add("--tensorboard", action="store_true", help="write scalars for it, too")
     add("--flops", action="store_true", help="print parameters and FLOPs, and end; 1000 classes")
     add("--seed", type=utils.at_least(0), default=1, help="of the weights and of the data's order")
+    parser.ignore("--resume_epoch", "--resume_feat", "--ncnn", "--feature_size", "--ds-type")
     return parser
 
 
@@ -107,7 +108,7 @@ def to_device(model, args, device, group=None):
 
 
 def learning_rate(args, epoch):
-    """Divided by 10 after every --epochdecay epochs; epochs count from 0."""
+    """--lr, divided by 10 at every multiple of --epochdecay above 0; epochs count from 0, in imagenet.py from 1."""
     return args.lr / 10 ** (epoch // args.epochdecay)
 
 

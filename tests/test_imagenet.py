@@ -151,7 +151,7 @@ def test_log_and_screen(script, whole_run, tree):
         assert [match[:2] for match in matches] == [(n, epoch) for epoch in "012" for n in "01"]
         assert all(match[6:] == match[4:6] for match in matches if match[0] == "0")  # the ensemble of one
     else:
-        assert [match[:2] for match in matches] == [("0.01", "0"), ("0.01", "1"), ("0.001", "2")]
+        assert [match[:2] for match in matches] == [("0.01", "0"), ("0.001", "1"), ("0.001", "2")]
     assert all(float(match[3]) == float(match[5]) == 100 for match in matches)  # top-5 of two classes
     assert all(float(match[4]) % 20 == 0 for match in matches)
     which = r"n: \d\t" if script == "dgl" else ""
@@ -167,7 +167,22 @@ def test_help(script, tmp_path):
     text = " ".join(call(script, "--help", cwd=tmp_path).split())
     assert "IMAGENET_DIR" in text
     assert "(default: 256)" in text
+    assert ("(default: resnet18)" if script == "dgl" else "(default: vgg19_bn)") in text
     assert "(default: None)" not in text
+    assert "ncnn" not in text
+
+
+@both
+def test_flags_that_have_no_effect_any_more(script, capsys):
+    """Before and after the folder, with and without a value."""
+    before, after = "--resume_epoch 3 --ncnn 4 DIR --half", "DIR --half --feature_size=128 --ds-type x --resume_feat"
+    expected = vars(arguments(script, "DIR", "--half"))
+    for command in (before, after):
+        capsys.readouterr()
+        assert vars(arguments(script, *command.split())) == expected
+        flags = re.findall("--[a-z]+[_-]?[a-z]*", command.replace("--half", ""))
+        said = capsys.readouterr().err.splitlines()
+        assert [line for line in said if "--half" not in line] == [f"{flag} has no effect any more" for flag in flags]
 
 
 @both
@@ -555,9 +570,13 @@ def test_meter():
     assert meter.pop() == (1, 100, 100)
 
 
-def test_one_module_equals_backprop_to_the_bit(whole_run, tree, tmp_path):
-    call("dgl", tree, *SMALL, "--num-modules", 1, cwd=tmp_path)
-    a, b = ([*checkpoint_of(f)["parts"]["model"].values()] for f in (tmp_path, whole_run["backprop"][0]))
+def test_one_module_equals_backprop_to_the_bit(tree, tmp_path):
+    """Whose schedule is one epoch ahead."""
+    folders = tmp_path / "dgl", tmp_path / "backprop"
+    for folder, flags in zip(folders, (["--num-modules", 1], ["--epochdecay", 3])):
+        folder.mkdir()
+        call(folder.name, tree, *SMALL, *flags, cwd=folder)
+    a, b = ([*checkpoint_of(folder)["parts"]["model"].values()] for folder in folders)
     assert len(a) == len(b) > 10
     assert all(torch.equal(x, y) for x, y in zip(a, b))
 
@@ -585,8 +604,8 @@ def optimizers_of(monkeypatch, tmp_path):
 
 @both
 def test_the_published_optimizer(script, optimizers_of):
-    """SGD as in the paper; a new one, and a new scaler, when the learning rate drops."""
-    used = optimizers_of(script)
+    """SGD as in the paper; a new one, and a new scaler, when the learning rate drops: after 10 epochs, or after 9."""
+    used, ahead = optimizers_of(script), script == "backprop"
     assert len(used) == 50
     for epoch, (optimizers, scalers) in enumerate(used):
         assert len(optimizers) == len(scalers) == (2 if script == "dgl" else 1)
@@ -595,15 +614,16 @@ def test_the_published_optimizer(script, optimizers_of):
             (group,) = optimizer.param_groups
             expected = {"momentum": 0.9, "weight_decay": 1e-4, "nesterov": False, "dampening": 0, "maximize": False}
             assert {key: group[key] for key in expected} == expected
-            assert group["lr"] == pytest.approx([0.1, 0.01, 0.001, 1e-4, 1e-5][epoch // 10])
+            assert group["lr"] == pytest.approx([0.1, 0.01, 0.001, 1e-4, 1e-5, 1e-6][(epoch + ahead) // 10])
             if epoch:
-                assert (optimizer is not used[epoch - 1][0][i]) == (epoch % 10 == 0)
-                assert (scalers[i] is not used[epoch - 1][1][i]) == (epoch % 10 == 0)
+                assert (optimizer is not used[epoch - 1][0][i]) == ((epoch + ahead) % 10 == 0)
+                assert (scalers[i] is not used[epoch - 1][1][i]) == ((epoch + ahead) % 10 == 0)
 
 
-def test_the_learning_rate_of_a_run_that_begins_later(optimizers_of):
-    used = optimizers_of("backprop", "--nepochs", 5, "--start_epoch", 3, "--epochdecay", 2, "--lr", 0.01)
-    assert [optimizers[0].param_groups[0]["lr"] for optimizers, _ in used] == pytest.approx([0.001, 0.0001])
+@pytest.mark.parametrize(("script", "rates"), [("dgl", [1e-3, 1e-4, 1e-4]), ("backprop", [1e-4, 1e-4, 1e-5])])
+def test_the_learning_rate_of_a_run_that_begins_later(script, rates, optimizers_of):
+    used = optimizers_of(script, "--nepochs", 6, "--start_epoch", 3, "--epochdecay", 2, "--lr", 0.01)
+    assert [optimizers[0].param_groups[0]["lr"] for optimizers, _ in used] == pytest.approx(rates)
 
 
 @pytest.fixture(scope="module")
@@ -753,7 +773,7 @@ def test_a_full_disk_ends_in_one_line(what, tree, tmp_path, monkeypatch):
 @both
 def test_flops(script, tmp_path):
     """Without data and without training; ResNet-18's FLOPs are known: 1.81 G multiply-adds."""
-    out = call(script, "--flops", cwd=tmp_path)
+    out = call(script, "--flops", "--arch", "resnet18", cwd=tmp_path)
     rows = [[cell.replace(",", "") for cell in line.split("|")[1:-1]] for line in out.splitlines()[2:]]
     assert len(rows) == 1 + (script == "dgl")
     assert sum(float(row[2]) for row in rows) == pytest.approx(2 * 1814, rel=0.01)
@@ -786,7 +806,7 @@ def run_until_killed(script, update, flags, cwd):
 
 @both
 def test_killed_and_resumed_equals_never_stopped(script, whole_run, tree, tmp_path):
-    """In the last epoch, which has a new learning rate, and in the one before."""
+    """In the last epoch and in the one before; one of them has a new learning rate."""
     modules = 1 + (script == "dgl")
     flags = tree, *SMALL, "--resume", "auto"
     run_until_killed(script, (3 + 2) * modules, flags, tmp_path)
@@ -855,6 +875,17 @@ def test_a_checkpoint_that_does_not_fit(whole_run, tree, tmp_path):
         ("dgl", ["--evaluate", "--num-modules", 1], "num_modules 2"),
     ]:
         assert part in refused(script, tree, *SMALL, "--resume", path, *flags, cwd=tmp_path)
+
+
+def test_the_size_of_auxiliary_networks_belongs_to_the_checkpoint(tree, tmp_path):
+    """Weights have the same shapes for each."""
+    flags = tree, *SMALL, "--arch", "resnet18", "--image-size", 64, "--nepochs"
+    call("dgl", *flags, 1, "--aux-size", "published", cwd=tmp_path)
+    (path,) = (path for path in tmp_path.glob("*.pt") if "best" not in path.name)
+    assert LINES["dgl"].fullmatch(log_of(tmp_path)[-2])[4] in call("dgl", "--resume", path, "--evaluate", cwd=tmp_path)
+    for more in ([2], [1, "--evaluate"]):
+        message = refused("dgl", *flags, *more, "--resume", path, "--aux-size", "true", cwd=tmp_path)
+        assert "was made with aux_size 'published'" in message
 
 
 def test_a_checkpoint_of_other_classes(whole_run, tree, tmp_path):
