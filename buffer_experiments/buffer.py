@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-SAMPLINGS = ["priority_lifo", "random"]
+SAMPLINGS = ["priority_lifo", "published", "random"]
+PRIORITIES = "newest of the least used, the same with the published off-by-one, or any"
 
 
 class Buffer:
@@ -23,7 +24,9 @@ class Buffer:
         size: M, in batches.
         batch_size, shape: B and (C, s, s) of a representation.
         quantizer: a ProductQuantizer(C, ...) that encodes what is stored and learns from it.
-        sampling: `priority_lifo` takes the newest of the least used batches, `random` takes any.
+        sampling: `priority_lifo` takes the newest of the least used batches, `random` takes any. `published` is
+            priority_lifo with the published code's off-by-one: of the least used batches, the one that `put` will
+            overwrite next comes first, and then the newest.
         max_reuse: how often a batch may be used; None: no limit.
         seed: for `random`.
 
@@ -84,7 +87,8 @@ class Buffer:
         if self.sampling == "random":
             self.sampled = usable[int(torch.randint(len(usable), (), generator=self.generator))]
         else:
-            self.sampled = min(usable, key=lambda i: (self.uses[i], -i))
+            first = self.count - len(self.labels) if self.sampling == "published" else None  # the oldest, if it is full
+            self.sampled = min(usable, key=lambda i: (self.uses[i], i != first, -i))
         self.uses[self.sampled] += 1
         slot = self.sampled % len(self.labels)
         stored = self.stored[slot]

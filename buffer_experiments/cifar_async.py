@@ -39,7 +39,7 @@ from tqdm import tqdm
 
 import cifar
 import transport
-from buffer import SAMPLINGS, Buffer, ProductQuantizer, available_memory, groups_and_codewords
+from buffer import PRIORITIES, SAMPLINGS, Buffer, ProductQuantizer, available_memory, groups_and_codewords
 from models import add_network_flags, check_network_flags, make_network
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # --precision; otherwise float32
@@ -67,7 +67,7 @@ def parse_args(argv=None):
     )
     add("--sync", action="store_true", help="synchronous DGL as a pipeline: each batch once, in order, waited for")
     add("--idle", action="store_true", help="to measure the transport: steps only sleep for --pace")
-    add("--buffer-sampling", choices=SAMPLINGS, default="priority_lifo", help="priority_lifo: newest of the least used")
+    add("--buffer-sampling", choices=SAMPLINGS, default="priority_lifo", help=PRIORITIES)
     add("--max-buffer-reuse", type=utils.at_least(1), help="how often a batch is used at most (default: no limit)")
     add("--quantize", type=groups_and_codewords, metavar="G,V", help="send indices: G groups of channels, V codewords")
     add("--nepochs", "--epochs", dest="epochs", type=utils.at_least(1), default=50, help="epochs of each module")
@@ -77,10 +77,9 @@ def parse_args(argv=None):
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     add("--ensemble", type=int, choices=[0, 1], default=1, help="test the ensembles of modules 0 to n too")
     add("--seed", type=utils.at_least(0), help="of the weights and of the data's order")
-    add("-j", dest="workers", type=int, default=0, help="without effect: data needs no worker processes")
     add_network_flags(parser)
+    parser.ignore("-j")
     args = parser.parse_args(argv)
-    del args.workers
     if args.seed is None:  # a resumed run has the checkpoint's
         parser.error("--seed is required")
     check_network_flags(parser, args)
@@ -147,7 +146,7 @@ class Received:
             buffer.put_stored(stored, labels)
 
     def sample(self):
-        """(representation, labels), of the least used batches the newest. None if the job is over."""
+        """(representation, labels) of a batch that `--buffer-sampling` chooses. None if the job is over."""
         self.waited = self.queue is not None and self.queue.empty()
         if self.queue is not None:
             self.put(*self.queue.get())

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import cifar
-from buffer import SAMPLINGS, Buffer, ProductQuantizer, available_memory, groups_and_codewords
+from buffer import PRIORITIES, SAMPLINGS, Buffer, ProductQuantizer, available_memory, groups_and_codewords
 from models import add_network_flags, check_network_flags, make_network
 
 share = utils.at_least(0, float, below=1)
@@ -38,10 +38,10 @@ def parse_args(argv=None):
         default=0,
         help="M, batches in a buffer; 0: one, with layers taking turns",
     )
-    add("--noise", type=share, default=0.0, help="slow one layer down by 1 / (1 - noise)")
+    add("--noise", type=share, default=0.0, help="slow one layer down by 1 / (1 - noise) in random draws")
     add("--layer_noise", type=utils.at_least(0), default=0, help="which layer, from 0")
     add("--layer-sequence", choices=["random", "sequential"], default="random", help="sequential: layers take turns")
-    add("--buffer-sampling", choices=SAMPLINGS, default="priority_lifo", help="priority_lifo: newest of the least used")
+    add("--buffer-sampling", choices=SAMPLINGS, default="priority_lifo", help=PRIORITIES)
     add("--max-buffer-reuse", type=utils.at_least(1), help="how often a batch is used at most (default: no limit)")
     add("--quantize", type=groups_and_codewords, metavar="G,V", help="store indices: G groups of channels, V codewords")
     add("--nepochs", "--epochs", dest="epochs", type=utils.at_least(1), default=50, help="epochs of each layer")
@@ -51,17 +51,14 @@ def parse_args(argv=None):
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     add("--ensemble", type=int, choices=[0, 1], default=1, help="test the ensembles of layers 0 to n too")
     add("--seed", type=utils.at_least(0), help="of the weights, the data's order and the layers drawn")
-    add("-j", dest="workers", type=int, default=0, help="without effect: data needs no worker processes")
     add_network_flags(parser)
+    parser.ignore("-j", "--workers", "--debug", "--debug_parameters", "--decay", "-r", "--avg_size", "--prog")
     args = parser.parse_args(argv)
-    del args.workers
     if args.seed is None:  # a resumed run has the checkpoint's
         parser.error("--seed is required")
     check_network_flags(parser, args)
     if args.layer_noise >= args.ncnn:
         parser.error(f"--layer_noise {args.layer_noise}: the {args.ncnn} layers are 0 to {args.ncnn - 1}")
-    if args.noise and (args.buffer == 0 or args.layer_sequence == "sequential"):
-        parser.error("--noise slows down a layer in random draws: it needs --buffer 1 or more, not layers taking turns")
     if args.quantize and args.feature_size % args.quantize[0]:
         parser.error(f"--quantize: {args.feature_size} channels cannot be cut into {args.quantize[0]} groups")
     return args
@@ -264,7 +261,10 @@ def evaluate(model, autocast, batches, quantizers=None):
 
 def log_start(run, args, buffers):
     """Log the slowdown, and how much memory the buffers take."""
-    run.log(f"slowdown: {1 / (1 - args.noise):.3f} of layer {args.layer_noise}")
+    if args.noise and (args.buffer == 0 or args.layer_sequence == "sequential"):
+        run.log("slowdown: none; --noise has no effect while the layers take turns")
+    else:
+        run.log(f"slowdown: {1 / (1 - args.noise):.3f} of layer {args.layer_noise}")
     stored, plain = (sum(sizes) for sizes in zip((0, 0), *((b.num_bytes(), b.uncompressed_bytes()) for b in buffers)))
     factor = f", {plain / stored:.2f} times fewer than uncompressed float32" if buffers else ""
     run.log(f"buffers: {len(buffers)} of {max(args.buffer, 1)} batches, {stored:,} bytes{factor}")

@@ -17,9 +17,9 @@ DOWNSAMPLINGS = ["maxpool", "avgpool", "stride", "psi"]
 
 
 def convolution(in_channels, channels, stride=1, bn=True):
-    """3x3 convolution, [BatchNorm,] ReLU: (B, in_channels, s, s) -> (B, channels, s / stride, s / stride)."""
+    """3x3 convolution, BatchNorm or a bias, ReLU: (B, in_channels, s, s) -> (B, channels, s / stride, s / stride)."""
     norm = [nn.BatchNorm2d(channels)] if bn else []
-    return [nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=False), *norm, nn.ReLU(inplace=True)]
+    return [nn.Conv2d(in_channels, channels, 3, stride, padding=1, bias=not bn), *norm, nn.ReLU(inplace=True)]
 
 
 def layer(in_channels, channels, downsample=None, bn=True):
@@ -33,9 +33,12 @@ def layer(in_channels, channels, downsample=None, bn=True):
 
 
 def mlp(channels, num_classes, num_hidden=3, bn=True):
-    """Auxiliary network `mlp`: (B, C, s, s), averaged to 2x2 and flattened to 4C, -> logits (B, num_classes)."""
+    """Auxiliary network `mlp`: (B, C, s, s), averaged to 2x2 and flattened to 4C, -> logits (B, num_classes).
+
+    Without hidden layers, a BatchNorm comes between the average and the last Linear.
+    """
     width = 4 * channels
-    net = [nn.AdaptiveAvgPool2d(2), nn.Flatten()]
+    net = [nn.AdaptiveAvgPool2d(2), *([nn.BatchNorm2d(channels)] if bn and not num_hidden else []), nn.Flatten()]
     for _ in range(num_hidden):
         net += [nn.Linear(width, width), *([nn.BatchNorm1d(width)] if bn else []), nn.ReLU(inplace=True)]
     return [*net, nn.Linear(width, num_classes)]
@@ -114,17 +117,19 @@ def add_network_flags(parser):
     add = parser.add_argument_group("the network").add_argument
     add("--ncnn", type=utils.at_least(1), default=6, help="layers")
     add("--feature_size", type=utils.at_least(1), default=128, help="channels of the first layer")
-    add("--down", type=list_of_layers, default="[1,3]", help="layers after which sides halve and channels double")
+    add("--down", type=list_of_layers, help="layers after which sides halve and channels double (default: [1,3])")
     add("--ds-type", choices=DOWNSAMPLINGS, default="maxpool", help="how: pooling, stride 2, or space to depth (psi)")
     add("--mlp", type=utils.at_least(0), default=3, help="hidden layers of an auxiliary network")
     add("--nlin", type=utils.at_least(0), default=0, help="3x3 convolutions before them")
     add("--width_aux", type=utils.at_least(1), default=256, help="their channels, doubled at each downsampling")
     cifar.add_bn_init_flag(parser)
-    add("--bn", type=int, choices=[0, 1], default=1, help="BatchNorm, everywhere (1) or nowhere (0)")
+    add("--bn", type=int, choices=[0, 1], default=1, help="BatchNorm everywhere (1), or convolutions with bias (0)")
 
 
 def check_network_flags(parser, args):
-    """Refuse a network that is impossible: one line, exit status 2."""
+    """Refuse a network that is impossible: one line, exit status 2. The default of --down depends on --ncnn."""
+    if args.down is None:
+        args.down = [n for n in (1, 3) if n < args.ncnn - 1]
     if args.down and args.down[-1] > args.ncnn - 2:
         last = f"the last one possible is {args.ncnn - 2}" if args.ncnn > 1 else "use --down '[]'"
         parser.error(f"--down {args.down}: no layer follows layer {args.down[-1]} of {args.ncnn}; {last}")

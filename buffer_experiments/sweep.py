@@ -26,7 +26,7 @@ import utils
 from tqdm import tqdm
 
 import cifar_buffer
-from buffer import groups_and_codewords
+from buffer import SAMPLINGS, groups_and_codewords
 
 PATIENCE = 10  # seconds in which a run that is told to end must have ended
 # The program of a run
@@ -54,6 +54,7 @@ def parse_args(argv=None):
     add("--buffer", type=utils.at_least(0), nargs="+", default=[30], help="values of cifar_buffer.py's flag")
     add("--noise", type=cifar_buffer.share, nargs="+", default=[0.0], help="the same")
     add("--layer_noise", type=utils.at_least(0), nargs="+", default=[0], help="the same, for runs with noise")
+    add("--buffer-sampling", choices=SAMPLINGS, nargs="+", default=["priority_lifo"], help="the same")
     add("--quantize", type=quantization, nargs="+", default=["none"], metavar="G,V", help="the same; none: off")
     add("--seeds", type=utils.at_least(0), nargs="+", default=[0], help="the same")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -66,10 +67,13 @@ def parse_args(argv=None):
 def grid(args, common):
     """{name: flags} of all runs, without duplicates."""
     runs = {}
-    for noise, layer, size, quantize, seed in itertools.product(
-        args.noise, args.layer_noise, args.buffer, args.quantize, args.seeds
+    for noise, layer, size, sampling, quantize, seed in itertools.product(
+        args.noise, args.layer_noise, args.buffer, args.buffer_sampling, args.quantize, args.seeds
     ):
         flags, name = ["--buffer", size, "--seed", seed, "--noise", noise], f"buffer{size}"
+        if sampling != "priority_lifo":
+            flags += ["--buffer-sampling", sampling]
+            name += f"_{sampling}"
         if noise:
             flags += ["--layer_noise", layer]
             name += f"_layer{layer}_noise{noise:g}"
@@ -92,7 +96,7 @@ def is_complete(folder, name, flags):
     for log in folder.glob(f"*[_-]cifar_buffer[_-]{name}.log"):  # older ones are called *_cifar_buffer_<name>.log
         *lines, rest = log.read_text().split("\n")
         if lines and not rest and lines[0].startswith("arguments: ") and lines[-1].startswith(end):
-            arguments = json.loads(lines[0].removeprefix("arguments: "))
+            arguments = {"bn_init": "ones", **json.loads(lines[0].removeprefix("arguments: "))}  # older logs lack it
             if all(arguments.get(flag) == wanted[flag] for flag in decisive):
                 return True
     return False

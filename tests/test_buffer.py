@@ -94,9 +94,10 @@ def test_buffer_against_an_obvious_one(size, max_reuse, sampling, operations):
                 assert ring.sampled == chosen
                 assert labels.tolist() == [chosen, chosen + 1]
                 assert (representation == chosen).all()
-                if sampling == "priority_lifo":
-                    fewest = min(uses for _, uses in usable)
-                    assert chosen == max(i for i, uses in usable if uses == fewest)
+                if sampling != "random":
+                    least_used = [i for i, uses in usable if uses == min(uses for _, uses in usable)]
+                    oldest_first = sampling == "published" and least_used[0] == number - size
+                    assert chosen == least_used[0 if oldest_first else -1]
                 (entry,) = (entry for entry in usable if entry[0] == chosen)
                 entry[1] += 1
 
@@ -107,6 +108,48 @@ def test_random_sampling_takes_every_batch_as_often():
         ring.put(torch.zeros(1, 1, 1, 1), torch.tensor([i]))
     chosen = torch.cat([ring.sample()[1].clone() for _ in range(2000)])
     assert (chosen.bincount() / 500).sub(1).abs().max() < 0.2
+
+
+@pytest.mark.parametrize(
+    "sampling, expected",
+    [
+        ("priority_lifo", [1, 0, 2, 2, 1, 0, 3, 3, 3, 2]),
+        ("published", [1, 0, 2, 0, 2, 1, 3, 3, 1, 3]),
+    ],
+)
+def test_sampling_by_hand(sampling, expected):
+    """A ring of three: filled in two steps (s: sample), then full, then batch 3 in place of batch 0."""
+    ring, sampled, number = buffer.Buffer(3, 1, (1, 1, 1), sampling=sampling), [], itertools.count()
+    for operation in "ppsspsssspssss":
+        if operation == "p":
+            ring.put(torch.zeros(1, 1, 1, 1), torch.tensor([next(number)]))
+        else:
+            sampled.append(ring.sample()[1].item())
+    assert sampled == expected
+
+
+def test_what_the_published_off_by_one_changes():
+    """M = 50, the same turns for both: a quarter of all picks differ, and three quarters of a twice as slow layer's."""
+    picks = {}  # (slow layer, layer): [number, different, staleness of priority_lifo, staleness of published]
+    for slow in (None, 1):
+        turns = script.Turns([0.5 if n == slow else 1.0 for n in range(3)], False, 0)
+        rings = [[buffer.Buffer(50, 1, (1, 1, 1), sampling=s) for s in buffer.SAMPLINGS[:2]] for _ in range(2)]
+        batch = torch.zeros(1, 1, 1, 1), torch.zeros(1)
+        for n in (next(turns) for _ in range(3 * 4000)):
+            if n > 0:
+                meant, published = rings[n - 1]
+                meant.sample(), published.sample()
+                ages = [ring.count - 1 - ring.sampled for ring in (meant, published)]
+                entry = picks.setdefault((slow, n), torch.zeros(4))
+                entry += torch.tensor([1.0, meant.sampled != published.sampled, *ages])
+            for ring in rings[n] if n < 2 else []:
+                ring.put(*batch)
+    number, different, *_ = sum(entry for (slow, _), entry in picks.items() if slow is None)
+    assert different / number == pytest.approx(0.25, abs=0.04)
+    _, different, staleness_meant, staleness = picks[1, 1] / picks[1, 1][0]
+    assert different == pytest.approx(0.75, abs=0.05)
+    assert staleness_meant < 1.5
+    assert staleness == pytest.approx(24, abs=2)
 
 
 def test_storage_is_allocated_once():
@@ -199,6 +242,34 @@ def test_published_network():
     assert all(sum(isinstance(m, torch.nn.Linear) for m in net) == 4 for net in net.auxiliary_nets)
 
 
+def test_without_batchnorm_convolutions_have_a_bias():
+    net = models.BufferNet(10, feature_size=4, nlin=1, width_aux=4, bn=False)
+    assert not any("BatchNorm" in type(m).__name__ for m in net.modules())
+    assert all(m.bias is not None for m in net.modules() if isinstance(m, (torch.nn.Conv2d, torch.nn.Linear)))
+
+
+@pytest.mark.parametrize("bn", [True, False])
+def test_an_auxiliary_network_without_hidden_layers(bn):
+    net = models.mlp(4, 10, num_hidden=0, bn=bn)
+    x, *_, linear = torch.randn(8, 4, 6, 6), *net
+    pooled = x.view(8, 4, 2, 3, 2, 3).mean((3, 5))
+    if bn:
+        variance, mean = torch.var_mean(pooled, (0, 2, 3), correction=0, keepdim=True)
+        pooled = (pooled - mean) / (variance + 1e-5).sqrt()
+    expected = pooled.flatten(1) @ linear.weight.T + linear.bias
+    torch.testing.assert_close(torch.nn.Sequential(*net)(x), expected)
+    assert len(net) == 3 + bn
+
+
+@pytest.mark.parametrize("name", ["cifar_buffer", "cifar_async"])
+def test_the_default_of_down_fits_the_depth(name):
+    parse = load(FOLDER, name).parse_args
+    for depth, down in [(1, []), (2, []), (3, [1]), (4, [1]), (5, [1, 3]), (9, [1, 3])]:
+        assert parse(["--seed", "0", "--ncnn", str(depth)]).down == down
+    with pytest.raises(SystemExit, match="2"):
+        parse(["--seed", "0", "--ncnn", "4", "--down", "[1,3]"])
+
+
 def test_space_to_depth_loses_nothing():
     pixels = models.layer(1, 2, "psi")[0](torch.arange(16.0).view(1, 1, 4, 4))
     assert pixels.shape == (1, 4, 2, 2)
@@ -237,6 +308,7 @@ def synchronous_dgl(args, model, batches):
         ["--buffer", 0],
         ["--buffer", 3, "--layer-sequence", "sequential"],
         ["--buffer", 0, "--precision", "bf16", "--max-buffer-reuse", 1],
+        ["--buffer", 0, "--noise", 0.5, "--buffer-sampling", "published", "--mlp", 0],
     ],
 )
 def test_layers_that_take_turns_are_synchronous_dgl(flags):
@@ -565,11 +637,26 @@ def test_a_run_stopped_between_log_lines_and_resumed_equals_one_that_was_not(fla
     assert_same_run(whole, stopped)
 
 
+def test_noise_has_no_effect_while_layers_take_turns(tmp_path):
+    status, out, _ = run(SCRIPT, *QUICK, "--nepochs", 1, "--noise", 0.1, cwd=tmp_path)
+    assert status == 0
+    (line,) = (line for line in log_of(tmp_path)[1:] if line.startswith("slowdown: "))
+    assert line == "slowdown: none; --noise has no effect while the layers take turns"
+    assert line in out
+
+
+def test_published_flags_without_effect(tmp_path, capsys):
+    plain, flags = vars(script.parse_args(["--seed", "0"])), "-j --workers --debug --debug_parameters --decay -r"
+    for flag in [*flags.split(), "--avg_size", "--prog"]:
+        for value in ([], ["1"]):
+            assert vars(script.parse_args([flag, *value, "--seed", "0"])) == plain
+            assert capsys.readouterr() == ("", f"{flag} has no effect any more\n")
+
+
 def test_mistakes(tmp_path):
     for flags, parts in [
         (["--layer_noise", 3], ["--layer_noise 3", "0 to 2"]),
         (["--noise", 1, "--buffer", 2], ["--noise", "below 1"]),
-        (["--noise", 0.1], ["--noise", "--buffer"]),
         (["--down", "[1,2]"], ["--down [1, 2]", "no layer follows layer 2"]),
         (["--down", "1,2"], ["'[1,3]'"]),
         (["--ncnn", 8, "--down", "[0,1,2,3,4,5]"], ["--down", "at most 5"]),
@@ -627,7 +714,8 @@ def test_sweep_reports_a_failure_and_goes_on_where_it_was(tmp_path, monkeypatch)
     monkeypatch.setattr("signal.signal", lambda *_: None)
     monkeypatch.setattr("subprocess.Popen", Fork)
     grid = ["--buffer", 1, "--noise", 0, 0.5, "--layer_noise", 1, "--quantize", "4,4", "--save_folder", "runs"]
-    names = ["buffer1_quantize4x4_seed0", "buffer1_layer1_noise0.5_quantize4x4_seed0"]
+    grid += ["--buffer-sampling", "published"]
+    names = ["buffer1_published_quantize4x4_seed0", "buffer1_published_layer1_noise0.5_quantize4x4_seed0"]
     folder, prefix = tmp_path / "runs", "buffer_experiments-cifar_buffer"
     folder.mkdir()
     damaged = folder / f"{prefix}-{names[0]}.pt"
@@ -652,10 +740,17 @@ def test_sweep_reports_a_failure_and_goes_on_where_it_was(tmp_path, monkeypatch)
     assert not damaged.exists()
     complete = load(FOLDER, "sweep").is_complete
     wanted = [*map(str, TINY), "--buffer", "1", "--quantize", "4,4", "--data", "digits", "--train-size", "32"]
+    wanted += ["--buffer-sampling", "published"]
     wanted += ["--threads", "1", "--name", names[0], "--nepochs"]
     assert complete(folder, names[0], [*wanted, "1"])
     assert not complete(folder, names[0], [*wanted, "2"])
+    assert not complete(folder, names[0], [*wanted, "1", "--buffer-sampling", "priority_lifo"])
+    assert not complete(folder, names[0], [*wanted, "1", "--bn-init", "uniform"])
     (log,) = folder.glob(f"*-cifar_buffer-{names[0]}.log")
+    assert '"bn_init": "ones", ' in log.read_text()
+    log.write_text(log.read_text().replace('"bn_init": "ones", ', ""))  # as in older logs
+    assert complete(folder, names[0], [*wanted, "1"])
+    assert not complete(folder, names[0], [*wanted, "1", "--bn-init", "uniform"])
     *before_last, _ = log.read_text().splitlines(keepends=True)
     for cut in ("".join(before_last), log.read_text()[:-1], ""):
         log.write_text(cut)
@@ -679,6 +774,7 @@ def test_mistakes_in_a_sweep_end_it_before_it_starts(tmp_path, monkeypatch):
     monkeypatch.setattr("signal.signal", lambda *_: None)
     for flags, changes, parts in [
         (["--noise", 2], {}, ["--noise"]),
+        (["--buffer-sampling", "fifo"], {}, ["--buffer-sampling", "published"]),
         (["--buffers", 2], {}, ["--buffers"]),
         (["--quantize", "3,8"], {}, ["3 groups"]),
         (["--buffer", 1], {"depth": 3}, ["--depth"]),
@@ -783,6 +879,50 @@ def wait_for(condition):
     return result
 
 
+def read_by_the_notebook(folder, monkeypatch, capsys):
+    """BufferCurves.ipynb's table of runs, and what it prints."""
+    cells = json.loads((ROOT / FOLDER / "BufferCurves.ipynb").read_text())["cells"]
+    monkeypatch.setenv("LOGS", str(folder))
+    names = {}
+    for i in (0, 2):
+        exec("".join(cells[i]["source"]), names)
+    return names["runs"], capsys.readouterr().out
+
+
+def test_the_notebook_reads_the_published_format(tmp_path, monkeypatch, capsys):
+    lines = [
+        f"n: {n}, epoch {e},epochtrue {e}, train 61.2, test {10 * e + n}.1,ense 60.9 \n" for e in (1, 2) for n in (0, 1)
+    ]
+    slowed = tmp_path / "a_cifar_buffer_buffer50_layer3_noise0.5_seed7.log"
+    slowed.write_text("".join(lines))
+    (tmp_path / "b_cifar_buffer_buffer1_seed0.log").write_text("".join(lines).replace(",ense 60.9", ""))
+    (tmp_path / "c_cifar_buffer_buffer1_seed1.log").write_text("".join(lines[:-1]))
+    (tmp_path / "d_cifar_buffer_run.log").write_text("".join(lines))
+    (tmp_path / "e_cifar_buffer_buffer1_seed1.log").write_text("something else\n")
+    runs, printed = read_by_the_notebook(tmp_path, monkeypatch, capsys)
+    figures = ["slow layer", "slowdown", "buffer", "seed", "test"]
+    assert runs[figures].values.tolist() == [[3, 2.0, "50", 7, 21.1], [-1, 1.0, "1", 0, 21.1]]
+    assert runs.ensemble.isna().tolist() == [False, True]
+    left_out = [f"{tmp_path}/{name}_cifar_buffer" for name in "cde"]
+    assert [line.split("cifar_buffer")[0] + "cifar_buffer" for line in printed.splitlines()] == [
+        f"left out: {path}" for path in left_out
+    ]
+    for path in tmp_path.glob("[ab]_*"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"c_cifar_buffer.*d_cifar_buffer.*e_cifar_buffer"):
+        read_by_the_notebook(tmp_path, monkeypatch, capsys)
+
+
+def test_the_notebook_reads_old_and_new_logs_as_one_setting(tmp_path, monkeypatch, capsys):
+    for name, noise in [("new", 0.5), ("old", 0)]:  # without buffers, --noise has no effect
+        flags = ["--nepochs", 1, "--name", name, "--noise", noise]
+        assert run(SCRIPT, *QUICK, *flags, cwd=tmp_path)[0] == 0
+    (old,) = tmp_path.glob("*old.log")
+    old.write_text(old.read_text().replace('"bn_init": "ones", ', ""))
+    runs, printed = read_by_the_notebook(tmp_path, monkeypatch, capsys)
+    assert (len(runs), runs.setting.nunique(), runs.slowdown.tolist(), printed) == (2, 1, [1.0, 1.0], "")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("logs", ["committed", "one run"])
 def test_the_notebook_runs(logs, tmp_path):
@@ -793,6 +933,9 @@ def test_the_notebook_runs(logs, tmp_path):
         assert run(SCRIPT, *QUICK, "--nepochs", 1, cwd=tmp_path)[0] == 0
         (log,) = tmp_path.glob("*.log")
         (tmp_path / "20260101-000000_buffer_experiments-cifar_buffer-stopped.log").write_text(log.read_text()[:-1])
+        (tmp_path / "published_cifar_buffer_buffer30_seed0.log").write_text(
+            "n: 0, epoch 1,epochtrue 1, train 40.0, test 41.0,ense 41.0 \n"
+        )
         (tmp_path / "20260101-000000_buffer_experiments-cifar_buffer-empty.log").touch()
     command = [sys.executable, "-m", "nbconvert", "--to", "notebook", "--execute", "--output-dir", str(tmp_path)]
     done = subprocess.run([*command, folder / "BufferCurves.ipynb"], env=environment, capture_output=True, text=True)
@@ -800,7 +943,7 @@ def test_the_notebook_runs(logs, tmp_path):
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     cells = json.loads((tmp_path / "BufferCurves.ipynb").read_text())["cells"]
     printed = [output.get("text", []) for cell in cells for output in cell.get("outputs", [])]
-    left_out = "".join(itertools.chain(*printed)).count("left out, not complete: ")
+    left_out = "".join(itertools.chain(*printed)).count("left out: ")
     assert left_out == (2 if logs == "one run" else 0)
 
 
