@@ -30,6 +30,7 @@ def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
     cifar.add_bn_init_flag(parser)
+    cifar.add_cuda_graph_flag(parser)
     parser.add_argument("--type_aux", choices=["mlp-sr", "mlp", "cnn"], default="mlp-sr", help="auxiliary network")
     parser.add_argument("--block_size", type=utils.at_least(1), default=1, help="layers in a module")
     parser.add_argument("--depth", type=utils.at_least(1), default=6, help="layers of the network")
@@ -212,22 +213,28 @@ def set_learning_rate(optimizers, epoch):
         optimizer.param_groups[0]["lr"] = 0.1 * 0.2 ** ((epoch - 1) // 15)
 
 
+@cifar.CudaGraph
+def train_step(images, labels, model, optimizers, scalers, autocast, meters, beta):
+    """Synchronous DGL on a batch (Algorithm 1). Each module updates before the next one sees the batch."""
+    x = images
+    for n, (optimizer, scaler) in enumerate(zip(optimizers, scalers)):
+        with autocast:
+            logits, representation, features = model(x, n, with_features=True)
+        last = n == len(optimizers) - 1
+        loss = local_loss(logits.float(), features, labels, 0.0 if last else beta)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
+        scaler.step(optimizer)
+        scaler.update()
+        meters[n].update(loss, logits, labels)
+        x = representation.detach()  # update unlocking: nothing flows back across modules
+
+
 def train_epoch(model, optimizers, scalers, autocast, batches, meters, beta=0.0):
-    """One epoch of synchronous DGL (Algorithm 1). Each module updates before the next one sees the batch."""
+    """One epoch of synchronous DGL."""
     model.train()
     for images, labels in tqdm(batches, disable=None, leave=False):
-        x = images
-        for n, (optimizer, scaler) in enumerate(zip(optimizers, scalers)):
-            with autocast:
-                logits, representation, features = model(x, n, with_features=True)
-            last = n == len(optimizers) - 1
-            loss = local_loss(logits.float(), features, labels, 0.0 if last else beta)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
-            scaler.step(optimizer)
-            scaler.update()
-            meters[n].update(loss, logits, labels)
-            x = representation.detach()  # update unlocking: nothing flows back across modules
+        train_step(images, labels, model, optimizers, scalers, autocast, meters, beta)
 
 
 @torch.no_grad()
@@ -258,6 +265,7 @@ def main(argv=None):
     scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)
     meters = [cifar.Meter(device) for _ in optimizers]
+    train_step.enabled = args.cuda_graph
     run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers)
     if not run.epoch:
         groups = (f"{n}: {span(layers)}" for n, layers in enumerate(model.layers, start=1))

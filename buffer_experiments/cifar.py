@@ -271,8 +271,8 @@ class CudaGraph:
     """Decorator for a training step (images, labels, *parts): on a GPU, captured in a CUDA graph and replayed.
 
     A graph launches all kernels of a step at once; launched one by one, they keep these small networks' GPU waiting.
-    For a size of batch and its parts (network, optimizers, meters, ...), WARM_UP steps run as they are written, and the
-    next one is captured. A changed learning rate begins anew. What a step returns is overwritten by the next replay.
+    For each size of batch and each network, WARM_UP steps run as they are written, and the next one is captured. With
+    other optimizers or learning rates, that begins again. What a step returns is overwritten by the next replay.
     """
 
     DEVICE, WARM_UP = "cuda", 3
@@ -286,9 +286,10 @@ class CudaGraph:
             return self.step(images, labels, *parts)
         flat = [part for item in parts for part in (item if isinstance(item, list) else [item])]
         groups = [group for part in flat if isinstance(part, torch.optim.Optimizer) for group in part.param_groups]
-        key, rates = (images.shape, *map(id, flat)), [group["lr"] for group in groups]
-        if key not in self.captures or self.captures[key].rates != rates:
-            self.captures[key] = types.SimpleNamespace(rates=rates, parts=flat, steps=0)  # with the parts, ids last
+        key = images.shape, *(id(part) for part in flat if isinstance(part, int | nn.Module))
+        fixed = [*map(id, flat), *(group["lr"] for group in groups)]
+        if key not in self.captures or self.captures[key].fixed != fixed:
+            self.captures[key] = types.SimpleNamespace(fixed=fixed, parts=flat, steps=0)  # no other part gets their ids
         capture = self.captures[key]
         capture.steps += 1
         if capture.steps <= self.WARM_UP:

@@ -27,6 +27,7 @@ def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
     cifar.add_bn_init_flag(parser)
+    cifar.add_cuda_graph_flag(parser)
     add = parser.add_argument
     add("--batch-size", type=utils.at_least(2), default=256, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
@@ -52,19 +53,30 @@ def make_optimizer(model, sgd):
     return torch.optim.Adam(model.parameters(), lr=3e-5, fused=True)
 
 
+@cifar.CudaGraph
+def train_step(images, labels, model, optimizer, scaler, autocast, meter, context_dim):
+    """Backprop or, if the model has interfaces, DNI on a batch. For cDNI, `context_dim` is num_classes.
+
+    Returns:
+        the loss.
+    """
+    optimizer.zero_grad()
+    context = one_hot(labels, context_dim) if context_dim else None
+    with autocast, dni.synthesizer_context(context):
+        logits = model(images)  # each interface backpropagates as soon as its block is done
+        loss = F.cross_entropy(logits, labels)
+    scaler.scale(loss).backward()  # with interfaces, stops at the last one and trains its synthesizer
+    scaler.step(optimizer)
+    scaler.update()
+    meter.update(loss, logits, labels)
+    return loss.detach()
+
+
 def train_epoch(model, optimizer, scaler, autocast, batches, meter, context_dim=None, log_interval=0):
-    """One epoch of backprop or, if the model has interfaces, of DNI. For cDNI, `context_dim` is num_classes."""
+    """One epoch of backprop or DNI."""
     model.train()
     for i, (images, labels) in enumerate(tqdm(batches, disable=None, leave=False), start=1):
-        optimizer.zero_grad()
-        context = one_hot(labels, context_dim) if context_dim else None
-        with autocast, dni.synthesizer_context(context):
-            logits = model(images)  # each interface backpropagates as soon as its block is done
-            loss = F.cross_entropy(logits, labels)
-        scaler.scale(loss).backward()  # with interfaces, stops at the last one and trains its synthesizer
-        scaler.step(optimizer)
-        scaler.update()
-        meter.update(loss, logits, labels)
+        loss = train_step(images, labels, model, optimizer, scaler, autocast, meter, context_dim)
         if log_interval and i % log_interval == 0:
             print(f"batch {i} of {len(batches)}, loss: {loss.item():.5f}")
 
@@ -92,6 +104,7 @@ def main(argv=None):
     autocast = utils.autocast(args, device)
     meter = cifar.Meter(device)
     context_dim = data.num_classes if args.context else None
+    train_step.enabled = args.cuda_graph
     run = utils.Run(args, data, model=model, optimizer=optimizer, scaler=scaler)
     for epoch in run.epochs(args.epochs):
         train_epoch(model, optimizer, scaler, autocast, data.train, meter, context_dim, args.log_interval)

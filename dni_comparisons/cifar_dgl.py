@@ -23,6 +23,7 @@ def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
     cifar.add_bn_init_flag(parser)
+    cifar.add_cuda_graph_flag(parser)
     add = parser.add_argument
     add("--batch-size", type=utils.at_least(2), default=256, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
@@ -38,21 +39,32 @@ def make_optimizer(block, net):
     return torch.optim.Adam([*block.parameters(), *net.parameters()], lr=3e-5, fused=True)
 
 
+@cifar.CudaGraph
+def train_step(images, labels, model, optimizers, scalers, autocast, meter):
+    """Synchronous DGL on a batch (Algorithm 1). Each module updates before the next one sees the batch.
+
+    Returns:
+        the last module's loss.
+    """
+    x = images
+    for n, (optimizer, scaler) in enumerate(zip(optimizers, scalers)):
+        with autocast:
+            logits, representation = model(x, n)
+            loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
+        scaler.step(optimizer)
+        scaler.update()
+        x = representation.detach()  # update unlocking: nothing flows back across modules
+    meter.update(loss, logits, labels)  # the last module's
+    return loss.detach()
+
+
 def train_epoch(model, optimizers, scalers, autocast, batches, meter, log_interval=0):
-    """One epoch of synchronous DGL (Algorithm 1). Each module updates before the next one sees the batch."""
+    """One epoch of synchronous DGL."""
     model.train()
     for i, (images, labels) in enumerate(tqdm(batches, disable=None, leave=False), start=1):
-        x = images
-        for n, (optimizer, scaler) in enumerate(zip(optimizers, scalers)):
-            with autocast:
-                logits, representation = model(x, n)
-                loss = F.cross_entropy(logits, labels)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
-            scaler.step(optimizer)
-            scaler.update()
-            x = representation.detach()  # update unlocking: nothing flows back across modules
-        meter.update(loss, logits, labels)  # the last module's
+        loss = train_step(images, labels, model, optimizers, scalers, autocast, meter)
         if log_interval and i % log_interval == 0:
             print(f"batch {i} of {len(batches)}, loss: {loss.item():.5f}")
 
@@ -79,6 +91,7 @@ def main(argv=None):
     scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)
     meter = cifar.Meter(device)
+    train_step.enabled = args.cuda_graph
     run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers)
     for epoch in run.epochs(args.epochs):
         train_epoch(model, optimizers, scalers, autocast, data.train, meter, args.log_interval)
