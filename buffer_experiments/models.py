@@ -35,7 +35,7 @@ def layer(in_channels, channels, downsample=None, bn=True):
 def mlp(channels, num_classes, num_hidden=3, bn=True):
     """Auxiliary network `mlp`: (B, C, s, s), averaged to 2x2 and flattened to 4C, -> logits (B, num_classes).
 
-    Without hidden layers, a BatchNorm comes between the average and the last Linear.
+    Without hidden layers, a BatchNorm (if `bn`) comes between the average and the last Linear.
     """
     width = 4 * channels
     net = [nn.AdaptiveAvgPool2d(2), *([nn.BatchNorm2d(channels)] if bn and not num_hidden else []), nn.Flatten()]

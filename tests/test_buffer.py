@@ -760,14 +760,16 @@ def test_sweep_reports_a_failure_and_goes_on_where_it_was(tmp_path, monkeypatch)
 def test_the_committed_sweeps_are_complete():
     """README.md's commands of sweep.py, and their logs."""
     readme, sweeps = (ROOT / FOLDER / "README.md").read_text(), load(FOLDER, "sweep")
-    (setting,) = re.findall(r'`SETTING="(.+)"`', readme)
+    setting, published = re.findall(r'`SETTING="(.+)"`; the first two also with\n`(.+)` ', readme)[0]
     commands = re.findall(r"^    python sweep.py (.*) -- \$SETTING$", readme, re.M)
-    runs = {}
+    commands += [f"{command} {published}" for command in commands[:2]]
+    runs, logs = {}, [*(ROOT / FOLDER / "logs").glob("**/*[_-]cifar_buffer[_-]buffer*.log")]
     for command in commands:
-        runs |= sweeps.grid(*sweeps.parse_args([*command.split(), "--", *setting.split()]))
-    logs = ROOT / FOLDER / "logs"
-    assert [name for name, flags in runs.items() if not sweeps.is_complete(logs, name, flags)] == []
-    assert len(runs) == len([*logs.glob("*[_-]cifar_buffer[_-]*.log")]) > 0
+        args, common = sweeps.parse_args([*command.split(), "--", *setting.split()])
+        grid, folder = sweeps.grid(args, common), ROOT / FOLDER / args.save_folder
+        assert [name for name, flags in grid.items() if not sweeps.is_complete(folder, name, flags)] == []
+        runs |= grid
+    assert len(runs) == len(logs) > 0
 
 
 def test_mistakes_in_a_sweep_end_it_before_it_starts(tmp_path, monkeypatch):
@@ -786,8 +788,10 @@ def test_mistakes_in_a_sweep_end_it_before_it_starts(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP], ids=lambda s: s.name)
 def test_a_sweep_that_is_ended_ends_its_runs(ending, tmp_path, monkeypatch):
-    process = start_sweep(tmp_path, monkeypatch, "import time; time.sleep(100)")
-    (child,) = wait_for(lambda: psutil.Process(process.pid).children())
+    program = "import pathlib, time; pathlib.Path('started').touch(); time.sleep(100)"
+    process = start_sweep(tmp_path, monkeypatch, program)
+    wait_for((tmp_path / "started").exists)  # so that the sweep knows its run, too
+    (child,) = psutil.Process(process.pid).children()
     os.kill(process.pid, ending)
     process.join(30)
     assert process.exitcode == -signal.SIGINT
