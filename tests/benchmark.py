@@ -2,10 +2,11 @@
 
     python tests/benchmark.py            # all rows, a few minutes
     python tests/benchmark.py --rows DGL --threads 1
+    python tests/benchmark.py --precision bf16 --cuda-graph    # on a GPU
 
 A row is the median over passes of the script's own train_epoch, data preparation included, at batch 128. GFLOP/s counts
 convolutions and matrix products (torch.utils.flop_counter); its share is of the largest rate at which this machine
-multiplies float32 matrices, measured before and after every row. Peak memory is the most that a
+multiplies matrices in this precision, measured before and after every row. Peak memory is the most that a
 training pass has allocated at a time beyond network, optimizer and data (on a CPU as torch.profiler counts it).
 
 A new script adds its rows to `rows`.
@@ -26,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 BATCH, PASSES = 128, 5
+STEPS = []  # the scripts' training steps that a CUDA graph can replay, or None
 
 
 class Context:
@@ -34,7 +36,11 @@ class Context:
     def __init__(self, folder, script, args, flags=()):
         self.script = load(folder, script)
         self.cifar, self.utils = sys.modules["cifar"], sys.modules["utils"]
-        flags = ["--batch-size", str(BATCH), *(["--no-cuda"] if args.no_cuda else []), *flags]
+        if args.layout == "contiguous":
+            self.use_default_layout()
+        STEPS.append(getattr(self.script, "train_step", None))
+        flags = ["--batch-size", str(BATCH), "--precision", args.precision, *flags]
+        flags += ["--no-cuda"] if args.no_cuda else []
         self.args = self.script.parse_args(flags)
         self.device = self.utils.setup(self.args)
         self.autocast = self.utils.autocast(self.args, self.device)
@@ -42,6 +48,19 @@ class Context:
         images, labels = torch.randint(256, (size, 32, 32, 3), dtype=torch.uint8), torch.arange(size) % 10
         self.train = self.cifar.Batches(images, labels, BATCH, self.device, torch.Generator())
         self.test = self.cifar.Batches(images, labels, 256, self.device)
+
+    def use_default_layout(self):
+        """Images and network as torch makes them, not in channels_last."""
+        to_device, batches = self.utils.to_device, self.cifar.Batches.__iter__
+
+        def contiguous_network(model, *arguments):
+            return to_device(model, *arguments).to(memory_format=torch.contiguous_format)
+
+        def contiguous_images(self):
+            for images, labels in batches(self):
+                yield images.contiguous(), labels
+
+        self.utils.to_device, self.cifar.Batches.__iter__ = contiguous_network, contiguous_images
 
     def network(self, model):
         """Put the network on the device and make an optimizer, a scaler and a meter for each module."""
@@ -77,6 +96,7 @@ def learning_curves(args):
     c.network(c.script.DGLNet(10))
     everything = c.cifar.sgd([*c.model.blocks, c.model.auxiliary_nets[-1]], 0.01, 5e-4)
     sequential = load("learning_curves", "cifar_sequential_greedy")
+    STEPS.append(getattr(sequential, "train_step", None))
     last = len(c.optimizers) - 1
 
     def dgl(batches=c.train):
@@ -101,7 +121,9 @@ def learning_curves(args):
     def backprop():
         c.model.train()
         for images, labels in c.train:
-            step(everything, c.model(images, last, upto=True)[0], labels)
+            with c.autocast:
+                logits, _ = c.model(images, last, upto=True)
+            step(everything, logits, labels)
 
     yield (
         "backprop, last auxiliary network only",
@@ -111,14 +133,18 @@ def learning_curves(args):
 
     def parts_of_layer_4():
         for images, labels in c.train:
-            with torch.no_grad():
+            with torch.no_grad(), c.autocast:
                 x = images
                 for block in c.model.eval().blocks[:last]:
                     x = block(x)
-            step(c.optimizers[last], c.model.train()(x, last)[0], labels)
+            with c.autocast:
+                logits, _ = c.model.train()(x, last)
+            step(c.optimizers[last], logits, labels)
 
     yield "forward of layers 1-3 + DGL's step of layer 4", parts_of_layer_4, None
-    # Last, because it changes the memory format.
+    # Last, because it changes the memory format. A graph's would stay as it was.
+    if args.cuda_graph:
+        return
     c.model.to(memory_format=torch.contiguous_format)
     pil = PILImages(c.test.images.cpu())
     loader = DataLoader(pil, BATCH, shuffle=True, num_workers=4, persistent_workers=True)
@@ -240,16 +266,17 @@ def seconds(work, device, passes=PASSES):
     return statistics.median(times[1:])
 
 
-def matrix_product_rates(device):
-    """FLOP/s of a float32 product of two 2048x2048 matrices, best of 10: by torch.mm, and by a 1x1 convolution.
+def matrix_product_rates(device, dtype):
+    """FLOP/s of the product of two large matrices, best of 10: by torch.mm, and by a 1x1 convolution.
 
     The first is the BLAS's rate, the second, the convolutions' library's, may be twice that (MKL on AMD processors).
     """
-    matrix = torch.randn(2048, 2048, device=device)
-    image = matrix.view(1, 2048, 64, 32).to(memory_format=torch.channels_last)
-    weight = matrix.view(2048, 2048, 1, 1).to(memory_format=torch.channels_last)
+    size = 8192 if device.type == "cuda" else 2048
+    matrix = torch.randn(size, size, device=device, dtype=dtype)
+    image = matrix.view(1, size, size // 32, 32).to(memory_format=torch.channels_last)
+    weight = matrix.view(size, size, 1, 1).to(memory_format=torch.channels_last)
     works = (lambda: torch.mm(matrix, matrix)), (lambda: F.conv2d(image, weight))
-    return [2 * 2048**3 / min(seconds(work, device, 1) for _ in range(10)) for work in works]
+    return [2 * size**3 / min(seconds(work, device, 1) for _ in range(10)) for work in works]
 
 
 def peak_memory(work, device):
@@ -272,24 +299,32 @@ def main():
     parser.add_argument("--batches", type=int, default=8, help="in a pass")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--no-cuda", action="store_true")
+    parser.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="as the scripts'")
+    parser.add_argument("--layout", choices=["channels_last", "contiguous"], default="channels_last")
+    parser.add_argument("--cuda-graph", action="store_true", help="replay training steps, where the script can")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
-    peaks, table = [matrix_product_rates(device)], []
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision, torch.float32)
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    peaks, table = [matrix_product_rates(device, dtype)], []
     for name, train, evaluate in rows(args):
         if name.startswith(args.rows):
             images = BATCH * args.batches
             with FlopCounterMode(display=False) as counter:
                 train()
+            for step in filter(None, STEPS):
+                step.enabled = args.cuda_graph
             rate = images / seconds(train, device)
             test_rate = f"{images / seconds(evaluate, device):.0f}" if evaluate else "-"
-            peaks.append(matrix_product_rates(device))
+            peaks.append(matrix_product_rates(device, dtype))
             table.append((name, rate, test_rate, counter.get_total_flops() / images, peak_memory(train, device)))
             print(f"{name}: {rate:.0f} images/s", file=sys.stderr)
     mm, conv = (max(rates) for rates in zip(*peaks))
     chip = torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
-    print(f"\ntorch {torch.__version__}, {device.type} ({chip}), {torch.get_num_threads()} threads; float32 peak: ")
+    machine = f"{device.type} ({chip}), {torch.get_num_threads()} threads"
+    print(f"\ntorch {torch.__version__}, {machine}; {args.precision} peak: ")
     print(f"torch.mm {mm / 1e9:.0f} GFLOP/s, 1x1 convolution {conv / 1e9:.0f} GFLOP/s\n")
     print("| | training images/s | test images/s | MFLOP/image | GFLOP/s | of torch.mm | of 1x1 conv | peak MiB |")
     print("|---|---|---|---|---|---|---|---|")

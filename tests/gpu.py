@@ -1,0 +1,511 @@
+"""All that this repository wants from a machine with an NVIDIA GPU, in as many minutes as there are.
+
+    python tests/gpu.py --list                                            # what would run, with its expected minutes
+    python tests/gpu.py --minutes 9 --out gpu --data data/cifar10-jpeg    # a folder, or an archive of it
+    python tests/gpu.py --minutes 9 --out gpu --data cifar10-jpeg.tar.xz --stage runs --jobs 4 --cuda-graph
+    python tests/gpu.py --rehearse --out rehearsal                        # the same on a CPU, with everything tiny
+
+tests: `pytest -m cuda`. commands: every published command for a few steps, in all precisions. tables: speed and memory,
+one after the other. runs: full-length runs on --data, most wanted first; none that would not end in time, or whose log
+is committed already. A stage has its share of the time, and what it leaves is the next ones'. What fails stops nothing
+else. Leaves report.md, logs, and both in logs.tar.gz, renewed whenever something ends. Needs what the tests need.
+"""
+
+import argparse
+import concurrent.futures
+import contextlib
+import dataclasses
+import gc
+import importlib.util
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+import traceback
+from pathlib import Path
+
+ROOT, ME = Path(__file__).resolve().parent.parent, str(Path(__file__).resolve())
+LEARNING, AUXILIARY, DNI = "learning_curves/cifar", "auxiliary_nets_study/cifar_dgl.py", "dni_comparisons/cifar"
+DDG, BUFFER, IMAGENET = "ddg_comparisons/cifar", "buffer_experiments/cifar", "imagenet_dgl/imagenet"
+SHARES = {"tests": 0.15, "commands": 0.25, "tables": 0.25, "runs": 0.35}  # of the time, by stage
+PATIENCE = 15  # seconds in which a job that is told to end must have ended
+
+CIFAR_COMMANDS = [  # the READMEs' published commands
+    *(f"{LEARNING}_{script}.py" for script in ("dgl", "sequential_greedy")),
+    *(f"{AUXILIARY} --type_aux {kind}" for kind in ("mlp-sr", "mlp", "cnn")),
+    *(f"{DNI}_cnn_dni.py{flags}" for flags in ("", " --dni", " --dni --context")),
+    f"{DNI}_dgl.py",
+    *(f"{DDG}_{method}.py" for method in ("backprop", "dgl", "ddg", "features_replay")),
+    *(f"{BUFFER}_buffer.py --seed 0{flags}" for flags in (" --buffer 30 --quantize 8,256", "")),
+    f"{BUFFER}_buffer.py --seed 0 --buffer 30 --noise 0.1 --layer_noise 3",
+]
+SIX_PROCESSES = f"-m torch.distributed.run --standalone --nproc_per_node=6 {BUFFER}_async.py --buffer 30 --seed 0"
+IMAGENET_COMMANDS = [
+    *(f"{IMAGENET}{script}.py --arch resnet152" for script in ("_dgl", "")),
+    *(f"{IMAGENET}_dgl.py --arch vgg{n} --block_size {size}" for n, size in ((13, 1), (13, 3), (19, 4), (19, 8))),
+    *(f"{IMAGENET}.py --arch vgg{n}_bn" for n in (13, 19)),
+]
+PRECISIONS = {  # the flags of each; what a script refuses is said in the table
+    "fp32": "",
+    "fp16": "--precision fp16",
+    "half": "--half --dynamic-loss-scale",
+    "bf16": "--precision bf16",
+    "graph": "--precision bf16 --cuda-graph",
+    "compile": "--precision bf16 --compile",
+}
+LAYOUTS = [f"--precision {p} --layout {layout}" for p in ("tf32", "bf16") for layout in ("channels_last", "contiguous")]
+TABLES = {  # and the minutes that each is expected to take
+    "tests/benchmark.py": 0.8,
+    f"{ME} worker largest_batches 16": 1.2,  # GiB, as the published GPU had
+    "ddg_comparisons/memory.py": 0.4,
+    "tests/benchmark.py --precision bf16": 0.8,
+    "tests/benchmark.py --precision bf16 --cuda-graph": 0.7,
+    **{f"tests/benchmark.py --rows auxiliary {flags}": 0.3 for flags in LAYOUTS},
+    f"{ME} worker largest_batches 0": 1.5,  # the whole GPU
+}
+SLOW = {"1.11": 0.1, "1.25": 0.2, "1.5": 0.3333, "2": 0.5}  # slowdown: --noise
+BUFFERS = f"{BUFFER}_buffer.py --nepochs 50 --precision bf16 --seed 0 --buffer"
+RUNS = [  # most wanted first: passes over CIFAR-10, GFLOP of an image, ms to launch the kernels of a step of 128 images
+    *((50, 0.35, 4.5, f"{LEARNING}_dgl.py --epochs 50 --seed {s} --name gpu-seed{s}") for s in (1, 2, 3)),
+    (200, 0.13, 1.5, f"{LEARNING}_sequential_greedy.py --epochs 50 --seed 1 --name gpu-seed1"),
+    (50, 2.8, 7, f"{AUXILIARY} --epochs 50 --precision bf16 --type_aux mlp-sr --name gpu-mlp-sr"),
+    (50, 2.7, 7, f"{AUXILIARY} --epochs 50 --precision bf16 --type_aux mlp --name gpu-mlp"),
+    (50, 11.5, 7, f"{AUXILIARY} --epochs 50 --precision bf16 --type_aux cnn --name gpu-cnn"),
+    (200, 0.3, 0.5, f"{DNI}_cnn_dni.py --epochs 200 --precision bf16 --name gpu-backprop"),
+    (200, 1.0, 1.5, f"{DNI}_cnn_dni.py --epochs 200 --precision bf16 --dni --name gpu-dni"),
+    (200, 1.0, 1.5, f"{DNI}_cnn_dni.py --epochs 200 --precision bf16 --dni --context --name gpu-cdni"),
+    (200, 1.0, 1.5, f"{DNI}_dgl.py --epochs 200 --precision bf16 --name gpu-dgl"),
+    (50, 2.6, 7, f"{BUFFERS} 50 --name gpu-m50"),
+    *((50, 2.6, 7, f"{BUFFERS} 50 --layer_noise 3 --noise {n} --name gpu-slow{times}") for times, n in SLOW.items()),
+    (50, 2.6, 7, f"{BUFFERS} 1 --name gpu-m1"),
+    *((50, 2.6, 12, f"{BUFFERS} 50 --quantize {G},256 --name gpu-quantize{G}x256") for G in (8, 32)),
+    *((40, 0.77, 14, f"{DDG}_{m}.py --epochs 40 --drops 20 30 --name gpu-k2") for m in ("backprop", "dgl", "ddg")),
+    (40, 0.77, 16, f"{DDG}_features_replay.py --epochs 40 --drops 20 30 --name gpu-k2"),
+    *(
+        (40, 0.77, 18, f"{DDG}_{m}.py --epochs 40 --drops 20 30 --num_splits 4 --name gpu-k4")
+        for m in ("dgl", "ddg", "features_replay")
+    ),
+    (50, 0.35, 4.5, f"{LEARNING}_dgl.py --epochs 50 --precision bf16 --name gpu-bf16"),
+    *((200, 0.13, 1.5, f"{LEARNING}_sequential_greedy.py --epochs 50 --seed {s} --name gpu-seed{s}") for s in (2, 3)),
+    (50, 2.8, 7, f"{AUXILIARY} --epochs 50 --name gpu-mlp-sr-fp32"),
+]
+
+
+# Jobs
+
+
+@dataclasses.dataclass
+class Job:
+    """A command in a process of its own. `status` is its exit status, or why it has none."""
+
+    stage: str
+    name: str
+    command: list  # of the interpreter
+    minutes: float = 0.2  # expected
+    status: object = "not started: too little time"
+    seconds: float = 0.0
+
+    def log(self, out):
+        return out / self.stage / f"{re.sub('[^A-Za-z0-9_.=,-]+', '_', self.name)[:120]}.txt"
+
+    def rows(self, out):
+        """What `measure` has printed for the table."""
+        lines = self.log(out).read_text(errors="replace").splitlines() if self.log(out).exists() else []
+        return [json.loads(line.removeprefix("row: ")) for line in lines if line.startswith("row: ")]
+
+    def problem(self, out):
+        """What went wrong, or an empty text."""
+        if self.status:
+            return f"exit status {self.status}" if isinstance(self.status, int) else self.status
+        return "; ".join(f"{r['precision']}: {r['status']}" for r in self.rows(out) if r["status"].startswith("failed"))
+
+
+def execute(job, out, end):
+    """Run a job that is expected to end by `end` (of time.monotonic). At the latest then, it is told to end."""
+    begin = time.monotonic()
+    if begin + 60 * job.minutes > end:
+        return job
+    job.log(out).parent.mkdir(parents=True, exist_ok=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    with job.log(out).open("w") as log:
+        print(shlex.join(["python", *job.command]), file=log, flush=True)
+        process = subprocess.Popen(
+            [sys.executable, *job.command],
+            cwd=ROOT,
+            env=environment,
+            stdout=log,
+            stderr=log,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            job.status = process.wait(end - begin)
+        except subprocess.TimeoutExpired:
+            job.status = "stopped: no time left"
+            process.send_signal(signal.SIGINT)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(PATIENCE)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # it, or what it has left
+        process.wait()
+    job.seconds = time.monotonic() - begin
+    return job
+
+
+def side_by_side(jobs, size, out, end):
+    """Run jobs in order, `size` at a time. Yields each when it has ended, or has not been started."""
+    with concurrent.futures.ThreadPoolExecutor(size) as pool:
+        for done in concurrent.futures.as_completed([pool.submit(execute, job, out, end) for job in jobs]):
+            pack(out)
+            yield done.result()
+
+
+def pack(out):
+    """All logs and the report in one file, without data and checkpoints."""
+    files = [path for stage in SHARES for kind in ("txt", "log") for path in (out / stage).glob(f"*.{kind}")]
+    with tarfile.open(out / "logs.tar.gz.tmp", "w:gz") as archive:
+        for path in sorted([*files, *out.glob("*.md")]):
+            archive.add(path, path.relative_to(out))
+    (out / "logs.tar.gz.tmp").replace(out / "logs.tar.gz")
+
+
+# Stages: the jobs of each in groups, and how many of a group are side by side
+
+
+def tests(args):
+    flags = [] if args.rehearse else ["--numprocesses", "4", "--dist", "loadfile"]
+    files = ["tests/test_learning_curves.py"] if args.rehearse else ["tests"]
+    command = ["-m", "pytest", "-q", "-m", "cuda", "--durations=10", *flags, *files]
+    yield 1, [Job("tests", "pytest -m cuda", command, 1)]
+
+
+def commands(args):
+    small, large = (c[::3] if args.rehearse else c for c in (CIFAR_COMMANDS, IMAGENET_COMMANDS))
+    first, more = (["bf16"], []) if args.rehearse else (["fp32", "fp16", "bf16", "graph"], ["compile"])
+    flags = [*few_steps(args, SIX_PROCESSES), "--save_folder", str(args.out / "commands")]
+    sixfold = Job("commands", SIX_PROCESSES, [*shlex.split(SIX_PROCESSES), *flags], 0.5)
+    yield args.jobs, [*measured(args, "commands", small, first), sixfold]
+    yield 1, [*measured(args, "commands", large, ["bf16"])]
+    yield args.jobs, [*measured(args, "commands", [*small, large[0]], more)]
+    yield 1, [*measured(args, "commands", large, ["fp32"])]
+
+
+def measured(args, stage, commands, precisions, steps=4):
+    """A job for each command that measures it in all precisions, one after the other."""
+    for command in commands if precisions else []:
+        worker = [ME, "worker", "measure", ",".join(precisions), f"{steps}", *shlex.split(command)]
+        name, minutes = f"{command} {','.join(precisions)}", 0.1 + 0.15 * len(precisions)
+        yield Job(stage, name, [*worker, *few_steps(args, command)], minutes)
+
+
+def few_steps(args, command):
+    """Flags for a few steps of the whole network; in a rehearsal of a small one, on a CPU."""
+    if IMAGENET in command:
+        tiny, flags = "-b 4 --image-size 32", "--dummy --debug 1 --nepochs 2 -p 0"
+    else:
+        tiny, data = "--train-size 40 --batch-size 16", "digits"
+        if not importlib.util.find_spec("sklearn") and args.tree:
+            data = f"{args.tree} --train-size 1500"
+            print(f"{args.tree} instead of the digits, which scikit-learn has")
+        flags = f"--data {data} --epochs {1 if 'greedy' in command else 3}"
+        tiny += " --depth 26" * (DDG in command) + " --feature_size 32" * (BUFFER in command or AUXILIARY in command)
+    return f"{flags} --no-cuda --threads 1 {tiny}".split() if args.rehearse else flags.split()
+
+
+def tables(args):
+    tiny = {
+        "benchmark": "--rows forward --batches 1 --no-cuda",
+        "memory": "--depth 14 --num_splits 2 --no-cuda",
+        "largest": "resnet18 32 --no-cuda",
+    }
+    jobs = []
+    for command, minutes in list(TABLES.items())[: 3 if args.rehearse else None]:
+        flags = next((flags for name, flags in tiny.items() if args.rehearse and name in command), "")
+        jobs.append(Job("tables", command.replace(ME, ""), [*shlex.split(command), *flags.split()], minutes))
+    published = measured(args, "tables", IMAGENET_COMMANDS[: 2 if args.rehearse else None], ["half"], 12)
+    yield 1, [jobs[0], *published, *jobs[1:]]
+
+
+def runs(args):
+    """Full-length runs. Of those side by side, half are expected to compute at a time."""
+    jobs = []
+    for passes, gflop, ms, command in RUNS[::5] if args.rehearse else RUNS:
+        rate = 120e3 if "bf16" in command else 30e3  # GFLOP/s, cautious for an H100
+        compute, launch = 50_000 * gflop / rate * max(1, args.jobs / 2), 50_000 / 128 * ms / 1000
+        minutes = (15 + 1.1 * passes * max(compute, launch)) / 60  # 15 s to begin; a tenth for evaluation
+        flags = few_steps(args, command) if args.rehearse else ["--data", f"{args.tree}"]
+        if args.cuda_graph and DDG not in command and BUFFER not in command:
+            flags.append("--cuda-graph")
+        flags += ["--save_folder", str(args.out / "runs")]
+        worker = [ME, "worker", "train", *shlex.split(command), *flags]
+        if not committed(command):
+            jobs.append(Job("runs", command, worker, minutes))
+    yield args.jobs, jobs
+
+
+def committed(command):
+    """Whether the script's logs have one of this --name, whichever way it is called."""
+    folder, script = command.split(".py")[0].split("/")
+    name = re.search(r"--name (\S+)", command)[1]
+    return any((ROOT / folder / "logs").glob(f"*{script}[-_]{name}.log"))
+
+
+def unpack(args):
+    """args.tree: the folder with train/ and test/, decoded once for all runs."""
+    if args.data and "runs" in args.stage:
+        if args.data.is_file():
+            with tarfile.open(args.data) as archive:
+                archive.extractall(args.out / "data", filter="data")
+            args.tree = next((args.out / "data").rglob("train")).parent
+        subprocess.run([sys.executable, ME, "worker", "decode", args.tree], check=True)
+
+
+# Workers: what runs in a process of its own, beside the commands themselves
+
+
+def script_module(script):
+    folder, name = script.removesuffix(".py").split("/")
+    sys.path.insert(0, str(ROOT / folder))
+    sys.argv[0] = str(ROOT / script)
+    return importlib.import_module(name)
+
+
+def hardware():
+    import torch
+
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    print(f"{name}, torch {torch.__version__}, {len(os.sched_getaffinity(0))} CPU cores, {time.strftime('%Y-%m-%d')}")
+
+
+def decode(tree):
+    script_module("learning_curves/cifar.py").read_folder(Path(tree))
+
+
+def measure(precisions, steps, script, *flags):
+    """Run a script in each precision, and print a row: images/s of the last training pass, peak memory."""
+    module = script_module(script)
+    import torch
+
+    cuda, passes = torch.cuda.is_available() and "--no-cuda" not in flags, []
+    if "imagenet" in script:
+        sys.modules["data"].DEBUG_STEPS = int(steps)
+    batches = sys.modules["data"].DummyBatches if "imagenet" in script else sys.modules["cifar"].Batches
+    iterate, train_epoch = batches.__iter__, module.train_epoch
+
+    def counting(self):
+        for batch in iterate(self):
+            passes[-1][0] += len(batch[1]) * (self.generator is not None)  # a training batch
+            yield batch
+
+    def timed(*arguments, **options):
+        begin = time.perf_counter()
+        passes.append([0, 0.0])
+        train_epoch(*arguments, **options)
+        if cuda:
+            torch.cuda.synchronize()
+        passes[-1][1] = time.perf_counter() - begin
+
+    batches.__iter__, module.train_epoch = counting, timed
+    module.utils.Run.save = lambda run: None  # buffers may be gigabytes
+    for precision in precisions.split(","):
+        passes[:], status = [[0, 0.0]], "ok"
+        if cuda:
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        try:
+            with tempfile.TemporaryDirectory() as folder:
+                module.main([*flags, *PRECISIONS[precision].split(), "--save_folder", folder])
+        except SystemExit as stop:
+            status = "refused" if stop.code == 2 else f"failed: {stop.code}" if stop.code else "ok"
+        except Exception as error:
+            traceback.print_exc()
+            status = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
+        (images, seconds), memory = passes[-1], torch.cuda.max_memory_allocated() / 2**20 if cuda else 0
+        row = {"precision": precision, "status": status, "images/s": round(images / seconds) if seconds else 0}
+        print("row:", json.dumps(row | {"peak MiB": round(memory)}), flush=True)
+
+
+def train(script, *flags):
+    """Run a script with a checkpoint at most once a minute; without one if it has buffers, which may be gigabytes."""
+    module = script_module(script)
+    save, last = module.utils.Run.save, [time.monotonic()]
+
+    def save_seldom(run):
+        if time.monotonic() - last[0] > 60 and not any(name.startswith("buffers") for name in run.parts):
+            last[0] = time.monotonic()
+            save(run)
+
+    module.utils.Run.save = save_seldom
+    module.main(flags)
+
+
+def largest_batches(gib, arch="resnet152", pixels="224", *flags):
+    """The largest batch of a ResNet in so many GiB (0: all that the GPU has), within 2 %."""
+    import torch
+
+    cuda = not flags  # in a rehearsal, an image is said to need 128 MiB
+    free, total = torch.cuda.mem_get_info() if cuda else (2**34, 2**34)
+    limit = int(gib) * 2**30 or free
+    if cuda:
+        torch.cuda.set_per_process_memory_fraction(limit / total)
+    print(f"{arch}, {pixels} pixels, fp16, {limit / 2**30:.1f} GiB\n\n| | images | peak GiB |\n|---|---|---|")
+    flags = [
+        "--dummy",
+        "--debug",
+        "1",
+        "--arch",
+        arch,
+        "--half",
+        "--dynamic-loss-scale",
+        "--image-size",
+        pixels,
+        *flags,
+    ]
+    for way in ("backprop", "backprop, activation checkpointing", "DGL, K = 2", "DGL, K = 2, --balance memory"):
+        peak = peak_of(way, flags, cuda, limit)
+        few, more = peak(16), peak(48)
+        size = int((limit - few) / (more - few) * 32 + 16) // 8 * 8
+        step = max(8, size // 50)
+        while size > step and not peak(size):
+            size -= step
+        while peak(size + step):
+            size += step
+        print(f"| {way} | {size} | {(peak(size) or 0) / 2**30:.1f} |", flush=True)
+
+
+def peak_of(way, flags, cuda, limit):
+    """A function: size of a batch -> bytes that two steps allocate at most, or None if they do not fit."""
+    dgl = "DGL" in way
+    script = script_module(f"{IMAGENET}_dgl.py" if dgl else f"{IMAGENET}.py")
+    import torch
+    from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+    from torchvision.models.resnet import BasicBlock, Bottleneck
+
+    args = script.parse_args([*flags, *(["--balance", "memory"] if "memory" in way else [])])
+    device = script.utils.setup(args)
+    autocast = script.utils.autocast(args, device)
+    model = script.training.to_device(script.make_model(args, 1000), args, device)
+    if "checkpointing" in way:
+        apply_activation_checkpointing(model, check_fn=lambda layer: isinstance(layer, (BasicBlock, Bottleneck)))
+    pairs = zip(model.blocks, model.auxiliary_nets) if dgl else []
+    modules = [script.Module(*pair, n) for n, pair in enumerate(pairs)] or [model]
+    meters = [script.training.Meter(device) for _ in modules]
+    optimizers, scalers = script.training.make_optimizers(modules, args, device, 0)
+    script.data.DEBUG_STEPS = 2
+
+    def peak(size):
+        gc.collect()
+        if cuda:
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+        args.batch_size = size
+        try:
+            pixels = script.data.image_size(args)
+            batches = script.data.DummyBatches(args, pixels, 2 * size, 1000, device, torch.Generator())
+            if dgl:
+                script.train_epoch(modules, optimizers, scalers, autocast, batches, meters)
+            else:
+                script.train_epoch(model, optimizers[0], scalers[0], autocast, batches, meters[0])
+        except torch.OutOfMemoryError:
+            model.zero_grad()
+            return None
+        used = torch.cuda.max_memory_allocated() if cuda else size * 2**27
+        return used if used <= limit else None
+
+    return peak
+
+
+WORKERS = {worker.__name__: worker for worker in (hardware, decode, measure, train, largest_batches)}
+
+
+# Report
+
+
+def report(stage, jobs, out):
+    """A stage's table, and the tables that its commands have printed, as Markdown."""
+    lines, printed = (
+        [f"\n## {stage}\n", "| command | minutes | status | images/s | peak MiB |", "|---|---|---|---|---|"],
+        [],
+    )
+    for job in jobs:
+        text = job.log(out).read_text(errors="replace").splitlines() if job.log(out).exists() else []
+        if stage == "runs":
+            script, name = job.name.split(".py")[0].replace("/", "-"), re.search(r"--name (\S+)", job.name)[1]
+            text = [line for log in (out / "runs").glob(f"*_{script}-{name}.log") for line in log.open()]
+        elif table := [line for line in text if line.startswith(("|", "torch", "resnet"))]:
+            printed += [f"\n{job.name}\n", *table]
+        for row in job.rows(out) or [{"precision": job.problem(out) or "ok", "status": (text or ["-"])[-1].strip()}]:
+            cells = job.name, f"{job.seconds / 60:.1f}", f"{row['precision']}: {row['status']}"
+            lines.append("| {} | {} | {} | {} | {} |".format(*cells, row.get("images/s", ""), row.get("peak MiB", "")))
+    return [*lines, *printed]
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    cores = len(os.sched_getaffinity(0))
+    add = parser.add_argument
+    add("--minutes", type=float, default=9, help="for everything: 9")
+    add("--out", type=Path, default=Path("out/gpu"), help="folder for logs and report.md: out/gpu")
+    add("--data", type=Path, help="CIFAR-10 for the runs: a folder with train/ and test/, or an archive of it")
+    add("--stage", nargs="+", choices=SHARES, default=list(SHARES), help="only these")
+    add("--jobs", type=int, default=max(1, min(6, cores // 2)), help="commands, and runs, side by side: 6 on 12 cores")
+    add("--cuda-graph", action="store_true", help="in the runs of the scripts that have it")
+    add("--list", action="store_true", help="show what would run")
+    add("--rehearse", action="store_true", help="on a CPU, with everything tiny")
+    args = parser.parse_args(argv)
+    args.out, args.tree = args.out.resolve(), args.data and args.data.resolve()
+    if "runs" in args.stage and not (args.data or args.list or args.rehearse):
+        parser.error("the runs need --data CIFAR10; without it, name the other stages with --stage")
+    return args
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    stages = {stage: globals()[stage] for stage in SHARES if stage in args.stage}
+    if args.list:
+        for stage, function in stages.items():
+            for size, jobs in function(args):
+                for job in jobs:
+                    print(f"{stage}, {size} at a time, {job.minutes:.1f} minutes: {job.name}")
+        return
+    args.out.mkdir(parents=True, exist_ok=True)
+    machine = subprocess.run([sys.executable, ME, "worker", "hardware"], capture_output=True, text=True).stdout
+    if machine.startswith("no GPU") and not args.rehearse:
+        sys.exit("no GPU: --rehearse does the same on a CPU, with everything tiny")
+    last, left = time.monotonic() + 60 * args.minutes - PATIENCE, sum(SHARES[stage] for stage in stages)
+    lines, problems, unpacking = [f"# {machine}"], [], threading.Thread(target=unpack, args=[args])
+    unpacking.start()
+    for stage, function in stages.items():
+        now, done = time.monotonic(), []
+        end, left = now + (last - now) * SHARES[stage] / left, left - SHARES[stage]
+        if stage == "runs":
+            unpacking.join()
+        for size, jobs in function(args):
+            for job in jobs if args.rehearse else []:
+                job.minutes = 0
+            for job in side_by_side(jobs, size, args.out, end):
+                problem = job.problem(args.out)
+                print(f"{job.seconds:5.0f} s  {stage}: {job.name}: {problem or 'ok'}", flush=True)
+                problems += [f"- {stage}: {job.name}: {problem}: {job.log(args.out)}"] if problem else []
+                done.append(job)
+        lines += report(stage, done, args.out)
+        text = "\n".join([*lines, "\n## Failed, or not run\n", *problems, ""])
+        (args.out / "report.md").write_text(text)
+        pack(args.out)
+    print(text)
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["worker"]:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the whole was started in the background
+        sys.exit(WORKERS[sys.argv[2]](*sys.argv[3:]))
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""tests/gpu.py, without a GPU: its commands exist, its jobs end as they should, and a rehearsal of the whole."""
+
+import shlex
+import sys
+import tarfile
+import time
+
+import gpu
+import pytest
+from conftest import ROOT, load
+
+WAIT = "import time; print('started', flush=True); time.sleep(60)"
+STUBBORN = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); " + WAIT
+
+
+def done(program, out, seconds=60, minutes=0.0):
+    job = gpu.Job("commands", "a job", ["-c", program], minutes)
+    return gpu.execute(job, out, time.monotonic() + seconds)
+
+
+def test_a_job_that_ends(tmp_path):
+    job = done('print(\'row: {"precision": "bf16", "status": "refused"}\')', tmp_path)
+    assert (job.status, job.problem(tmp_path)) == (0, "")
+    assert job.rows(tmp_path) == [{"precision": "bf16", "status": "refused"}]
+    assert job.log(tmp_path).read_text().startswith("python -c 'print(")
+
+
+def test_jobs_that_fail(tmp_path):
+    assert done("raise SystemExit(3)", tmp_path).problem(tmp_path) == "exit status 3"
+    failed = 'print(\'row: {"precision": "bf16", "status": "failed: out of memory"}\')'
+    assert done(failed, tmp_path).problem(tmp_path) == "bf16: failed: out of memory"
+
+
+def test_a_job_that_would_not_end_in_time_is_not_started(tmp_path):
+    job = done("", tmp_path, seconds=50, minutes=1)
+    assert job.problem(tmp_path) == "not started: too little time"
+    assert not job.log(tmp_path).exists()
+
+
+@pytest.mark.parametrize("program", [WAIT, STUBBORN])
+def test_a_job_that_does_not_end_is_stopped_and_its_log_is_kept(program, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "PATIENCE", 0.5)
+    begin = time.monotonic()
+    job = done(program, tmp_path, seconds=1.5)
+    assert job.problem(tmp_path) == "stopped: no time left"
+    assert "started" in job.log(tmp_path).read_text()
+    assert time.monotonic() - begin < 30
+
+
+def test_the_archive_has_logs_and_no_data(tmp_path):
+    for name in ("report.md", "runs/a.log", "commands/b.txt", "data/c.txt", "runs/d.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    gpu.pack(tmp_path)
+    with tarfile.open(tmp_path / "logs.tar.gz") as archive:
+        assert archive.getnames() == ["commands/b.txt", "report.md", "runs/a.log"]
+
+
+def test_data_in_an_archive(image_folder, tmp_path):
+    with tarfile.open(tmp_path / "images.tar.xz", "w:xz") as archive:
+        archive.add(image_folder, "images")
+    args = gpu.parse_args(["--data", str(tmp_path / "images.tar.xz"), "--out", str(tmp_path / "out")])
+    gpu.unpack(args)
+    assert args.tree == tmp_path / "out" / "data" / "images"
+    assert (args.tree / "train.decoded.pt").exists()
+
+
+def test_runs_with_a_committed_log_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "a" / "logs").mkdir(parents=True)
+    (tmp_path / "a" / "logs" / "20261124-001334_a-cifar_dgl-gpu-k2.log").touch()
+    assert gpu.committed("a/cifar_dgl.py --name gpu-k2 --epochs 3")
+    assert not gpu.committed("a/cifar_dgl.py --name gpu-k4")
+    assert not gpu.committed("a/cifar_ddg.py --name gpu-k2")
+
+
+def test_every_command_is_one_that_its_script_takes(capsys):
+    runs = [command for *_, command in gpu.RUNS]
+    pairs = [(shlex.split(command)[0], command.split("--name ")[1]) for command in runs]
+    assert len({*pairs}) == len(pairs)
+    asynchronous = gpu.SIX_PROCESSES.split("--nproc_per_node=6 ")[1]
+    for command in [*gpu.CIFAR_COMMANDS, *(f"{c} --dummy" for c in gpu.IMAGENET_COMMANDS), asynchronous, *runs]:
+        script, *flags = shlex.split(command)
+        module = load(*script.removesuffix(".py").split("/"))
+        if "--drops" in flags and "--drops" not in (ROOT / script).read_text():  # not there yet
+            continue
+        module.parse_args(flags)
+    for command in gpu.TABLES:
+        assert command.startswith(gpu.ME) or (ROOT / command.split()[0]).exists()
+
+
+def test_list(capsys):
+    gpu.main(["--list", "--jobs", "4"])
+    lines = capsys.readouterr().out.splitlines()
+    assert {line.split(",")[0] for line in lines} == {*gpu.SHARES}
+    assert sum(line.startswith("runs, 4 at a time, ") for line in lines) == len(gpu.RUNS)
+
+
+def test_mistakes(capsys):
+    with pytest.raises(SystemExit):
+        gpu.main(["--stage", "runs"])
+    assert "--data" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_rehearsal(tmp_path, capsys):
+    gpu.main(["--rehearse", "--minutes", "60", "--out", str(tmp_path), "--jobs", "2"])
+    report = (tmp_path / "report.md").read_text()
+    *_, problems = report.split("## Failed, or not run\n")
+    assert [line for line in problems.splitlines() if line and "--drops" not in line] == [], problems
+    for stage in gpu.SHARES:
+        assert f"## {stage}" in report
+    assert "| DGL, K = 2, --balance memory | 128 | 16.0 |" in report
+    assert list((tmp_path / "runs").glob("*_learning_curves-cifar_dgl-gpu-seed1.log"))
+    assert sys.executable not in report
