@@ -31,6 +31,7 @@ share = utils.at_least(0, float, below=1)
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
+    cifar.add_cuda_graph_flag(parser)
     add = parser.add_argument
     add(
         "--buffer",
@@ -167,6 +168,10 @@ class Simulation:
         self.steps = [0] * len(self.modules)
         self.train_top1 = [0.0] * len(self.modules)
 
+    def parts(self, n):
+        """What a training step of layer n changes or needs."""
+        return *self.modules[n], self.optimizers[n], self.scalers[n], self.autocast, self.meters[n]
+
     def done(self, n):
         return self.steps[n] == self.args.epochs * self.epoch_steps
 
@@ -180,6 +185,7 @@ class Simulation:
 def train_epoch(simulation, epoch):
     """Asynchronous DGL (Algorithm 2), until every layer has done its epoch `epoch`, from 1. Others may be ahead."""
     steps, buffers, goal = simulation.steps, simulation.buffers, epoch * simulation.epoch_steps
+    simulation.model.train()
     with tqdm(total=sum(max(0, goal - done) for done in steps), disable=None, leave=False) as bar:
         while min(steps) < goal:
             n = next(simulation.turns)
@@ -190,30 +196,28 @@ def train_epoch(simulation, epoch):
                 continue
             x, labels = batch
             trains = not simulation.done(n)
-            representation = train_step(simulation, n, x, labels) if trains else feed_step(simulation, n, x)
+            representation = train_step(x, labels, *simulation.parts(n)) if trains else feed_step(simulation, n, x)
             if n < len(buffers):
                 buffers[n].put(representation, labels)
             if trains:
+                steps[n] += 1
                 bar.update(steps[n] <= goal)
                 if steps[n] % simulation.epoch_steps == 0:
                     end_epoch(simulation, n)
 
 
-def train_step(simulation, n, x, labels):
-    """Update layer n and its auxiliary network on a batch. Returns the layer's output."""
-    block, auxiliary_net = simulation.modules[n]
-    optimizer, scaler = simulation.optimizers[n], simulation.scalers[n]
-    block.train()
-    auxiliary_net.train()
-    with simulation.autocast:
-        logits, representation = simulation.model(x, n)
+@cifar.CudaGraph
+def train_step(x, labels, block, auxiliary_net, optimizer, scaler, autocast, meter):
+    """Update a layer and its auxiliary network on a batch. Returns the layer's output."""
+    with autocast:
+        representation = block(x)
+        logits = auxiliary_net(representation)
         loss = F.cross_entropy(logits, labels)
     optimizer.zero_grad()
     scaler.scale(loss).backward()
     scaler.step(optimizer)
     scaler.update()
-    simulation.meters[n].update(loss, logits, labels)
-    simulation.steps[n] += 1
+    meter.update(loss, logits, labels)
     return representation.detach()
 
 
@@ -277,6 +281,7 @@ def main(argv=None):
     model = utils.to_device(make_network(args, data.num_classes), args, device)
     simulation = Simulation(args, model, data.train, device)
     parts = {name: getattr(simulation, name) for name in ("optimizers", "scalers", "buffers", "stream", "turns")}
+    train_step.enabled = args.cuda_graph
     run = utils.Run(args, data, fixed=["epochs"], model=model, simulation=simulation, **parts)
     if run.epoch == 0:
         log_start(run, args, simulation.buffers)

@@ -21,6 +21,7 @@ from models import ResNet, cut
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
+    cifar.add_cuda_graph_flag(parser)
     add = parser.add_argument
     add("--num_splits", type=utils.at_least(1), default=2, help="K in the other methods; here only the n in the log")
     add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet, 6n+2")
@@ -46,18 +47,25 @@ def set_learning_rate(optimizer, epoch):
     optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** ((epoch >= 150) + (epoch >= 225))
 
 
+@cifar.CudaGraph
+def train_step(images, labels, model, optimizer, scaler, autocast, meter):
+    """Backprop on a batch. Returns the loss."""
+    with autocast:
+        logits = model(images)
+        loss = F.cross_entropy(logits, labels)
+    optimizer.zero_grad()
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    meter.update(loss, logits, labels)
+    return loss.detach()
+
+
 def train_epoch(model, optimizer, scaler, autocast, batches, meter, log_interval=0):
     """One epoch of backprop."""
     model.train()
     for i, (images, labels) in enumerate(tqdm(batches, disable=None, leave=False), start=1):
-        with autocast:
-            logits = model(images)
-            loss = F.cross_entropy(logits, labels)
-        optimizer.zero_grad()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        meter.update(loss, logits, labels)
+        loss = train_step(images, labels, model, optimizer, scaler, autocast, meter)
         if log_interval and i % log_interval == 0:
             print(f"batch {i} of {len(batches)}, loss: {loss.item():.5f}")
 
@@ -83,6 +91,7 @@ def main(argv=None):
     scaler = cifar.grad_scaler(args, device)
     autocast = utils.autocast(args, device)
     meter = cifar.Meter(device)
+    train_step.enabled = args.cuda_graph
     run = utils.Run(args, data, model=model, optimizer=optimizer, scaler=scaler)
     for epoch in run.epochs(args.epochs):
         set_learning_rate(optimizer, epoch)

@@ -24,6 +24,7 @@ from models import DGLNet, cut
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
+    cifar.add_cuda_graph_flag(parser)
     cifar.add_bn_init_flag(parser)  # for the auxiliary networks: the published ResNet's own weights began as 1
     add = parser.add_argument
     add("--num_splits", type=utils.at_least(1), default=2, help="number of modules (K)")
@@ -55,21 +56,31 @@ def set_learning_rate(optimizers, epoch):
                 state["momentum_buffer"].zero_()
 
 
+@cifar.CudaGraph
+def train_step(images, labels, model, optimizers, scalers, autocast, meters):
+    """Synchronous DGL on a batch (Algorithm 1). Each module updates before the next one sees the batch.
+
+    Returns the last module's loss.
+    """
+    x = images
+    for n, (optimizer, scaler) in enumerate(zip(optimizers, scalers)):
+        with autocast:
+            logits, representation = model(x, n)
+            loss = F.cross_entropy(logits, labels)
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
+        scaler.step(optimizer)
+        scaler.update()
+        meters[n].update(loss, logits, labels)
+        x = representation.detach()  # update unlocking: nothing flows back across modules
+    return loss.detach()
+
+
 def train_epoch(model, optimizers, scalers, autocast, batches, meters, log_interval=0):
-    """One epoch of synchronous DGL (Algorithm 1). Each module updates before the next one sees the batch."""
+    """One epoch of synchronous DGL."""
     model.train()
     for i, (images, labels) in enumerate(tqdm(batches, disable=None, leave=False), start=1):
-        x = images
-        for n, (optimizer, scaler) in enumerate(zip(optimizers, scalers)):
-            with autocast:
-                logits, representation = model(x, n)
-                loss = F.cross_entropy(logits, labels)
-            optimizer.zero_grad()
-            scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
-            scaler.step(optimizer)
-            scaler.update()
-            meters[n].update(loss, logits, labels)
-            x = representation.detach()  # update unlocking: nothing flows back across modules
+        loss = train_step(images, labels, model, optimizers, scalers, autocast, meters)
         if log_interval and i % log_interval == 0:
             print(f"batch {i} of {len(batches)}, loss: {loss.item():.5f}")
 
@@ -99,6 +110,7 @@ def main(argv=None):
     scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)
     meters = [cifar.Meter(device) for _ in optimizers]
+    train_step.enabled = args.cuda_graph
     run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers)
     for epoch in run.epochs(args.epochs):
         set_learning_rate(optimizers, epoch)

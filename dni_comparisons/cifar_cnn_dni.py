@@ -57,8 +57,7 @@ def make_optimizer(model, sgd):
 def train_step(images, labels, model, optimizer, scaler, autocast, meter, context_dim):
     """Backprop or, if the model has interfaces, DNI on a batch. For cDNI, `context_dim` is num_classes.
 
-    Returns:
-        the loss.
+    Returns the loss.
     """
     optimizer.zero_grad()
     context = one_hot(labels, context_dim) if context_dim else None

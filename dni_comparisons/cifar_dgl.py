@@ -43,8 +43,7 @@ def make_optimizer(block, net):
 def train_step(images, labels, model, optimizers, scalers, autocast, meter):
     """Synchronous DGL on a batch (Algorithm 1). Each module updates before the next one sees the batch.
 
-    Returns:
-        the last module's loss.
+    Returns the last module's loss.
     """
     x = images
     for n, (optimizer, scaler) in enumerate(zip(optimizers, scalers)):

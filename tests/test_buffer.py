@@ -386,9 +386,10 @@ def test_layers_that_are_done_stop_learning_and_go_on_feeding(monkeypatch):
     def now(n):  # weights and BatchNorm statistics
         return [state(part) for part in simulation.modules[n]], simulation.meters[n].count
 
-    def recorded_step(simulation, n, *batch):
+    def recorded_step(x, labels, block, *parts):
+        n = [*simulation.model.blocks].index(block)
         assert not simulation.done(n)
-        representation = train_step(simulation, n, *batch)
+        representation = train_step(x, labels, block, *parts)
         assert not representation.requires_grad
         end[n] = now(n)
         return representation
