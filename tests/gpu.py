@@ -127,6 +127,9 @@ class Job:
         return "; ".join(f"{r['precision']}: {r['status']}" for r in self.rows(out) if r["status"].startswith("failed"))
 
 
+running = set()  # processes
+
+
 def execute(job, out, end):
     """Run a job that is expected to end by `end` (of time.monotonic). At the latest then, it is told to end."""
     begin = time.monotonic()
@@ -138,13 +141,14 @@ def execute(job, out, end):
         print(shlex.join(["python", *job.command]), file=log, flush=True)
         process = subprocess.Popen(
             [sys.executable, *job.command],
-            cwd=ROOT,
+            cwd=out if job.stage == "runs" else ROOT,  # so that the runs' logs have no folder of this machine
             env=environment,
             stdout=log,
             stderr=log,
             stdin=subprocess.DEVNULL,
             start_new_session=True,
         )
+        running.add(process)
         try:
             job.status = process.wait(end - begin)
         except subprocess.TimeoutExpired:
@@ -155,6 +159,7 @@ def execute(job, out, end):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # it, or what it has left
         process.wait()
+        running.discard(process)
     job.seconds = time.monotonic() - begin
     return job
 
@@ -162,9 +167,15 @@ def execute(job, out, end):
 def side_by_side(jobs, size, out, end):
     """Run jobs in order, `size` at a time. Yields each when it has ended, or has not been started."""
     with concurrent.futures.ThreadPoolExecutor(size) as pool:
-        for done in concurrent.futures.as_completed([pool.submit(execute, job, out, end) for job in jobs]):
-            pack(out)
-            yield done.result()
+        try:
+            for done in concurrent.futures.as_completed([pool.submit(execute, job, out, end) for job in jobs]):
+                pack(out)
+                yield done.result()
+        except BaseException:  # Ctrl-C
+            pool.shutdown(wait=False, cancel_futures=True)
+            for process in [*running]:
+                os.killpg(process.pid, signal.SIGKILL)
+            raise
 
 
 def pack(out):
@@ -211,9 +222,9 @@ def few_steps(args, command):
         tiny, flags = "-b 4 --image-size 32", "--dummy --debug 1 --nepochs 2 -p 0"
     else:
         tiny, data = "--train-size 40 --batch-size 16", "digits"
-        if not importlib.util.find_spec("sklearn") and args.tree:
-            data = f"{args.tree} --train-size 1500"
-            print(f"{args.tree} instead of the digits, which scikit-learn has")
+        if not importlib.util.find_spec("sklearn") and args.data and args.data.is_dir():
+            data = f"{args.data} --train-size 1500"
+            print(f"{args.data} instead of the digits, which scikit-learn has")
         flags = f"--data {data} --epochs {1 if 'greedy' in command else 3}"
         tiny += " --depth 26" * (DDG in command) + " --feature_size 32" * (BUFFER in command or AUXILIARY in command)
     return f"{flags} --no-cuda --threads 1 {tiny}".split() if args.rehearse else flags.split()
@@ -238,12 +249,12 @@ def runs(args):
     jobs = []
     for passes, gflop, ms, command in RUNS[::5] if args.rehearse else RUNS:
         rate = 120e3 if "bf16" in command else 30e3  # GFLOP/s, cautious for an H100
-        compute, launch = 50_000 * gflop / rate * max(1, args.jobs / 2), 50_000 / 128 * ms / 1000
+        graph = args.cuda_graph and DDG not in command and BUFFER not in command
+        compute = 50_000 * gflop / rate * max(1, args.jobs / 2)
+        launch = 50_000 / 128 * (0.5 if graph else ms) / 1000
         minutes = (15 + 1.1 * passes * max(compute, launch)) / 60  # 15 s to begin; a tenth for evaluation
         flags = few_steps(args, command) if args.rehearse else ["--data", f"{args.tree}"]
-        if args.cuda_graph and DDG not in command and BUFFER not in command:
-            flags.append("--cuda-graph")
-        flags += ["--save_folder", str(args.out / "runs")]
+        flags += ["--save_folder", "runs", *(["--cuda-graph"] if graph else [])]
         worker = [ME, "worker", "train", *shlex.split(command), *flags]
         if not committed(command):
             jobs.append(Job("runs", command, worker, minutes))
@@ -258,13 +269,18 @@ def committed(command):
 
 
 def unpack(args):
-    """args.tree: the folder with train/ and test/, decoded once for all runs."""
+    """The data as a folder in args.out, decoded once for all runs; args.tree: its path there."""
     if args.data and "runs" in args.stage:
+        folder = args.out / "data" / args.data.name.split(".")[0]
+        folder.parent.mkdir(exist_ok=True)
         if args.data.is_file():
             with tarfile.open(args.data) as archive:
-                archive.extractall(args.out / "data", filter="data")
-            args.tree = next((args.out / "data").rglob("train")).parent
-        subprocess.run([sys.executable, ME, "worker", "decode", args.tree], check=True)
+                archive.extractall(folder, filter="data")
+            folder = next(folder.rglob("train")).parent
+        elif not folder.exists():
+            folder.symlink_to(args.data)
+        subprocess.run([sys.executable, ME, "worker", "decode", folder], check=True)
+        args.tree = folder.relative_to(args.out)
 
 
 # Workers: what runs in a process of its own, beside the commands themselves
@@ -461,7 +477,7 @@ def parse_args(argv=None):
     add("--list", action="store_true", help="show what would run")
     add("--rehearse", action="store_true", help="on a CPU, with everything tiny")
     args = parser.parse_args(argv)
-    args.out, args.tree = args.out.resolve(), args.data and args.data.resolve()
+    args.out, args.data, args.tree = args.out.resolve(), args.data and args.data.resolve(), args.data
     if "runs" in args.stage and not (args.data or args.list or args.rehearse):
         parser.error("the runs need --data CIFAR10; without it, name the other stages with --stage")
     return args
@@ -508,4 +524,5 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["worker"]:
         signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the whole was started in the background
         sys.exit(WORKERS[sys.argv[2]](*sys.argv[3:]))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

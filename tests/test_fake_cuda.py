@@ -71,8 +71,9 @@ def pretended_gpu(monkeypatch):
     patch = monkeypatch.setattr
     patch(torch.Tensor, "backward", backward)
     patch(torch.autograd, "backward", lambda outputs, gradients: [backward(*pair) for pair in zip(outputs, gradients)])
-    for name in ("tolist", "item", "__int__"):
-        patch(torch.Tensor, name, ones)
+    patch(torch.Tensor, "tolist", ones)
+    patch(torch.Tensor, "item", ones)
+    patch(torch.Tensor, "__int__", lambda _: 1)
     patch(torch.Tensor, "__bool__", lambda _: True)
     patch(nn.Module, "_apply", move)
     patch(sys.modules["torch.optim.sgd"], "_fused_sgd", fused_kernel)
