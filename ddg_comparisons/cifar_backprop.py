@@ -28,6 +28,14 @@ def parse_args(argv=None):
     add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     add("--epochs", type=utils.at_least(1), default=300, help="passes over the training set")
+    add(
+        "--drops",
+        type=utils.at_least(1),
+        nargs="*",
+        default=[150, 225],
+        metavar="EPOCH",
+        help="the learning rate is divided by 10 when these epochs begin",
+    )
     add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and the order of the data")
     add("--log-interval", type=utils.at_least(0), default=0, help="print the loss every N batches (0: never)")
     args = parser.parse_args(argv)
@@ -42,9 +50,9 @@ def make_optimizer(model):
     return cifar.sgd([model], lr=0.01, weight_decay=5e-4, nesterov=True)
 
 
-def set_learning_rate(optimizer, epoch):
-    """0.01, divided by 10 at the start of epochs 150 and 225. Epochs count from 1."""
-    optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** ((epoch >= 150) + (epoch >= 225))
+def set_learning_rate(optimizer, epoch, drops=(150, 225)):
+    """0.01, divided by 10 when each epoch of `drops` begins. Epochs count from 1."""
+    optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** sum(epoch >= drop for drop in drops)
 
 
 @cifar.CudaGraph
@@ -94,7 +102,7 @@ def main(argv=None):
     train_step.enabled = args.cuda_graph
     run = utils.Run(args, data, model=model, optimizer=optimizer, scaler=scaler)
     for epoch in run.epochs(args.epochs):
-        set_learning_rate(optimizer, epoch)
+        set_learning_rate(optimizer, epoch, args.drops)
         train_epoch(model, optimizer, scaler, autocast, data.train, meter, args.log_interval)
         cifar.log_epoch(run, args.num_splits, epoch, meter, evaluate(model, autocast, data.test))
 

@@ -31,6 +31,14 @@ def parse_args(argv=None):
     add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     add("--epochs", type=utils.at_least(1), default=300, help="passes over the training set")
+    add(
+        "--drops",
+        type=utils.at_least(1),
+        nargs="*",
+        default=[150, 225],
+        metavar="EPOCH",
+        help="the learning rate is divided by 10 when these epochs begin",
+    )
     add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and the order of the data")
     add("--log-interval", type=utils.at_least(0), default=0, help="print the loss every N batches (0: never)")
     args = parser.parse_args(argv)
@@ -94,10 +102,10 @@ def make_optimizers(model):
     return [cifar.sgd([block], lr=0.01, weight_decay=5e-4, nesterov=True) for block in model.blocks]
 
 
-def set_learning_rate(optimizers, epoch):
-    """0.01, divided by 10 at the start of epochs 150 and 225. Epochs count from 1."""
+def set_learning_rate(optimizers, epoch, drops=(150, 225)):
+    """0.01, divided by 10 when each epoch of `drops` begins. Epochs count from 1."""
     for optimizer in optimizers:
-        optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** ((epoch >= 150) + (epoch >= 225))
+        optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** sum(epoch >= drop for drop in drops)
 
 
 def train_epoch(model, optimizers, scalers, autocast, batches, meter, delays, log_interval=0):
@@ -161,7 +169,7 @@ def main(argv=None):
     delays = Delays(model, autocast)  # kept across epochs
     run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers, delays=delays)
     for epoch in run.epochs(args.epochs):
-        set_learning_rate(optimizers, epoch)
+        set_learning_rate(optimizers, epoch, args.drops)
         train_epoch(model, optimizers, scalers, autocast, data.train, meter, delays, args.log_interval)
         cifar.log_epoch(run, args.num_splits, epoch, meter, evaluate(model, autocast, data.test))
 

@@ -32,6 +32,14 @@ def parse_args(argv=None):
     add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     add("--epochs", type=utils.at_least(1), default=300, help="passes over the training set")
+    add(
+        "--drops",
+        type=utils.at_least(1),
+        nargs="*",
+        default=[150, 225],
+        metavar="EPOCH",
+        help="the learning rate is divided by 10 when these epochs begin",
+    )
     add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and the order of the data")
     add("--log-interval", type=utils.at_least(0), default=0, help="print the loss every N batches (0: never)")
     args = parser.parse_args(argv)
@@ -47,11 +55,11 @@ def make_optimizers(model):
     return [cifar.sgd(parts, lr=0.01, weight_decay=5e-4) for parts in zip(model.blocks, model.auxiliary_nets)]
 
 
-def set_learning_rate(optimizers, epoch):
-    """0.01; divided by 10, and momentum from zero, at the start of epochs 150 and 225. Epochs count from 1."""
+def set_learning_rate(optimizers, epoch, drops=(150, 225)):
+    """0.01, divided by 10 when each epoch of `drops` begins, with momentum from zero. Epochs count from 1."""
     for optimizer in optimizers:
-        optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** ((epoch >= 150) + (epoch >= 225))
-        if epoch in (150, 225):  # the published code makes a new SGD
+        optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** sum(epoch >= drop for drop in drops)
+        if epoch in drops:  # the published code makes a new SGD
             for state in optimizer.state.values():
                 state["momentum_buffer"].zero_()
 
@@ -113,7 +121,7 @@ def main(argv=None):
     train_step.enabled = args.cuda_graph
     run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers)
     for epoch in run.epochs(args.epochs):
-        set_learning_rate(optimizers, epoch)
+        set_learning_rate(optimizers, epoch, args.drops)
         train_epoch(model, optimizers, scalers, autocast, data.train, meters, args.log_interval)
         for n, (meter, top1) in enumerate(zip(meters, evaluate(model, autocast, data.test)), start=1):
             cifar.log_epoch(run, n, epoch, meter, top1)
