@@ -1,8 +1,61 @@
-"""The published hyper-parameters, as each script's main makes them, and that the methods learn with them."""
+"""The READMEs' commands run, with the published hyper-parameters, and the methods learn with them."""
+
+import os
+import re
+import sys
 
 import pytest
 import torch
-from conftest import load, log_of, run
+import torchvision  # noqa: F401 (here, or each copy of this process imports it anew)
+from conftest import ROOT, forked, load, log_of, run, torchrun
+from test_golden import IMAGES
+
+CPU = ["--threads", 1, "--no-cuda", "--epochs", 1]
+CIFAR = [*CPU, "--data", IMAGES, "--train-size", 10, "--batch-size", 5]  # two batches, and 10 test images
+TINY = {"imagenet": [*CPU, "--image-size", 32, "--batch-size", 15], "memory": ["--no-cuda", "--batch-size", 2]}
+TINY["imagenet_dgl"] = TINY["imagenet"]
+SLOW = ["cifar_async", "imagenet", "imagenet_dgl", "memory"]
+
+
+def commands():
+    """(folder, script, command) of the commands in the READMEs' first sections."""
+    for readme in sorted(ROOT.glob("*/README.md")):
+        first_section = readme.read_text().partition("\n## ")[0]
+        for command in re.findall(r"^    ((?:python|torchrun) [^#\n]+)", first_section, re.MULTILINE):
+            folder, script = readme.parent.name, re.search(r"(\w+)\.py", command)[1]
+            marks = [pytest.mark.slow] if script in SLOW else []
+            yield pytest.param(folder, script, command, id=f"{folder}: {command.strip()}", marks=marks)
+
+
+def test_every_readme_has_commands():
+    assert {command.values[0] for command in commands()} == {path.parent.name for path in ROOT.glob("*/README.md")}
+
+
+@pytest.mark.parametrize(("folder", "script", "command"), commands())
+def test_the_commands_of_the_readmes(folder, script, command, tmp_path):
+    """With their exact flags, at full size, on two batches of a few images."""
+    launcher, flags = command.split(f"{script}.py")
+    flags = flags.replace("IMAGENET_DIR", str(IMAGES)).replace("THREADS", "0").split()
+    tiny = TINY.get(script, CIFAR)
+
+    def main():
+        torch.save = lambda state, file: None  # checkpoints of up to 2 GB
+        os.chdir(tmp_path)
+        sys.path.insert(0, str(ROOT / folder))  # memory.py imports when it runs
+        load(folder, script).main([str(flag) for flag in (*flags, *tiny)])
+
+    if script == "sweep":  # as many runs of cifar_buffer.py as its flags make, each with flags that this accepts
+        sweep = load(folder, script)
+        assert len(sweep.grid(*sweep.parse_args(flags))) == 3 * (1 + 6 * 5)
+    elif launcher.startswith("torchrun"):
+        size = int(re.search(r"--nproc_per_node=(\d+)", launcher)[1])
+        done = torchrun(ROOT / folder / f"{script}.py", *flags, *tiny, cwd=tmp_path, size=size)
+        assert done.returncode == 0, done.stderr
+    else:
+        assert forked(main, errors=tmp_path / "errors.txt") == 0, (tmp_path / "errors.txt").read_text()
+    if script not in ("sweep", "memory") and "--flops" not in flags:
+        assert re.match(r"(n|lr): .* test ", next(line for line in log_of(tmp_path)[1:] if "epoch" in line))
+
 
 SGD = {"kind": torch.optim.SGD, "momentum": 0.9, "weight_decay": 5e-4, "nesterov": False}
 ADAM = {"kind": torch.optim.Adam, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
