@@ -10,6 +10,7 @@ import torchvision  # noqa: F401 (here, or each copy of this process imports it 
 from conftest import ROOT, forked, load, log_of, run, torchrun
 from test_golden import IMAGES
 
+FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/utils.py"))
 CPU = ["--threads", 1, "--no-cuda", "--epochs", 1]
 CIFAR = [*CPU, "--data", IMAGES, "--train-size", 10, "--batch-size", 5]  # two batches, and 10 test images
 TINY = {"imagenet": [*CPU, "--image-size", 32, "--batch-size", 15], "memory": ["--no-cuda", "--batch-size", 2]}
@@ -19,16 +20,16 @@ SLOW = ["cifar_async", "imagenet", "imagenet_dgl", "memory"]
 
 def commands():
     """(folder, script, command) of the commands in the READMEs' first sections."""
-    for readme in sorted(ROOT.glob("*/README.md")):
-        first_section = readme.read_text().partition("\n## ")[0]
+    for folder in FOLDERS:
+        first_section = (ROOT / folder / "README.md").read_text().partition("\n## ")[0]
         for command in re.findall(r"^    ((?:python|torchrun) [^#\n]+)", first_section, re.MULTILINE):
-            folder, script = readme.parent.name, re.search(r"(\w+)\.py", command)[1]
+            script = re.search(r"(\w+)\.py", command)[1]
             marks = [pytest.mark.slow] if script in SLOW else []
             yield pytest.param(folder, script, command, id=f"{folder}: {command.strip()}", marks=marks)
 
 
 def test_every_readme_has_commands():
-    assert {command.values[0] for command in commands()} == {path.parent.name for path in ROOT.glob("*/README.md")}
+    assert {command.values[0] for command in commands()} == {*FOLDERS}
 
 
 @pytest.mark.parametrize(("folder", "script", "command"), commands())
