@@ -32,7 +32,7 @@ def test_every_readme_has_commands():
     assert {command.values[0] for command in commands()} == {*FOLDERS}
 
 
-@pytest.mark.parametrize(("folder", "script", "command"), commands())
+@pytest.mark.parametrize(("folder", "script", "command"), [*commands()])
 def test_the_commands_of_the_readmes(folder, script, command, tmp_path):
     """With their exact flags, at full size, on two batches of a few images."""
     launcher, flags = command.split(f"{script}.py")
