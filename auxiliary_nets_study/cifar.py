@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import gc
 import hashlib
 import inspect
 import os
@@ -299,10 +300,15 @@ class CudaGraph:
             with_step_on_device = [group for group in groups if "capturable" in group]  # Adam's, if fused, as here
             for group in with_step_on_device:
                 group["capturable"] = True
-            with torch.cuda.graph(capture.graph, stream=self.stream):
-                capture.outputs = self.step(*capture.inputs, *parts)
-            for group in with_step_on_device:
-                group["capturable"] = False
+            gc.collect()
+            gc.disable()  # an older graph that is destroyed during the capture would spoil it
+            try:
+                with torch.cuda.graph(capture.graph, stream=self.stream):
+                    capture.outputs = self.step(*capture.inputs, *parts)
+            finally:
+                gc.enable()
+                for group in with_step_on_device:
+                    group["capturable"] = False
         for static, new in zip(capture.inputs, (images, labels)):
             static.copy_(new)
         capture.graph.replay()

@@ -13,6 +13,7 @@ A new script adds its rows to `rows`.
 """
 
 import argparse
+import contextlib
 import itertools
 import statistics
 import sys
@@ -266,6 +267,13 @@ def seconds(work, device, passes=PASSES):
     return statistics.median(times[1:])
 
 
+def switch_graphs(on):
+    """Switch the replay of training steps on or off, and free what has been captured."""
+    for step in filter(None, STEPS):
+        step.enabled = on
+        step.captures.clear()
+
+
 def matrix_product_rates(device, dtype):
     """FLOP/s of the product of two large matrices, best of 10: by torch.mm, and by a 1x1 convolution.
 
@@ -308,18 +316,20 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision, torch.float32)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    peaks, table = [matrix_product_rates(device, dtype)], []
-    for name, train, evaluate in rows(args):
-        if name.startswith(args.rows):
-            images = BATCH * args.batches
+    peaks, table, images = [matrix_product_rates(device, dtype)], [], BATCH * args.batches
+    with contextlib.suppress(KeyboardInterrupt):  # the table then has the rows up to here
+        for name, train, evaluate in rows(args):
+            if not name.startswith(args.rows):
+                continue
+            switch_graphs(False)  # a replay shows neither its FLOPs nor its memory
             with FlopCounterMode(display=False) as counter:
                 train()
-            for step in filter(None, STEPS):
-                step.enabled = args.cuda_graph
+            memory = peak_memory(train, device)
+            switch_graphs(args.cuda_graph)
             rate = images / seconds(train, device)
             test_rate = f"{images / seconds(evaluate, device):.0f}" if evaluate else "-"
             peaks.append(matrix_product_rates(device, dtype))
-            table.append((name, rate, test_rate, counter.get_total_flops() / images, peak_memory(train, device)))
+            table.append((name, rate, test_rate, counter.get_total_flops() / images, memory))
             print(f"{name}: {rate:.0f} images/s", file=sys.stderr)
     mm, conv = (max(rates) for rates in zip(*peaks))
     chip = torch.cuda.get_device_name() if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()

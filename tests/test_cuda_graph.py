@@ -6,12 +6,11 @@ the tensors of the capture and with its learning rates. On a GPU, the real graph
 
 import contextlib
 import copy
-import re
 import types
 
 import pytest
 import torch
-from conftest import assert_same_run, load, log_of
+from conftest import assert_same_run, load
 from test_scripts import QUICK
 
 FLAGS = [*QUICK, "--train-size", 20, "--batch-size", 6, "--epochs", 6]  # three batches of 6, and one of 2
@@ -86,8 +85,9 @@ def test_replayed_steps_are_the_eager_ones(script, tmp_path, monkeypatch):
 
     def drop_the_rate_at_epoch_4(module):
         def set_learning_rate(optimizers, *others):
+            (epoch,) = (other for other in others if isinstance(other, int))
             for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
-                optimizer.param_groups[0]["lr"] = 0.01 if others[-1] < 4 else 0.001
+                optimizer.param_groups[0]["lr"] = 0.01 if epoch < 4 else 0.001
 
         if hasattr(module, "set_learning_rate"):
             module.set_learning_rate = set_learning_rate
@@ -104,14 +104,22 @@ def test_replayed_steps_are_the_eager_ones(script, tmp_path, monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_on_a_gpu(script, precision, tmp_path):
-    losses = {}
-    for name in ("eager", "again", "graph"):
+def test_on_a_gpu(script, precision, tmp_path, monkeypatch):
+    if (script, precision) == ("dni_comparisons/cifar_cnn_dni.py", "fp16"):
+        pytest.skip("--dni refuses fp16")
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
+    losses = {"eager": [], "again": [], "graph": []}
+    for name, found in losses.items():
+
+        def record(module, found=found):
+            pop = module.cifar.Meter.pop
+            module.cifar.Meter.pop = lambda meter: found.append(pop(meter)) or found[-1]
+
         switch = "--cuda-graph" if name == "graph" else "--no-cuda-graph"
-        train(script, tmp_path / name, "--precision", precision, switch)
-        text = "\n".join(log_of(tmp_path / name)[1:])
-        losses[name] = torch.tensor([float(loss) for loss in re.findall(r"loss: (\S+),", text)])
-    spread = (losses["eager"] - losses["again"]).abs().max()
-    assert (losses["eager"] - losses["graph"]).abs().max() <= 3 * spread + 0.01
+        train(script, tmp_path / name, "--precision", precision, "--epochs", 3, switch, before=record)
+    eager, again, graph = (torch.tensor([loss for loss, _ in found]) for found in losses.values())
+    assert len(eager)
+    spread = (eager - again).abs().max()
+    assert (eager - graph).abs().max() <= 3 * spread + 0.01  # some kernels add in any order
