@@ -122,7 +122,7 @@ LEARNS = [
     ("dni_comparisons/cifar_cnn_dni.py", [*DNI, "--epochs", 6, "--dni"], 34),
     ("dni_comparisons/cifar_cnn_dni.py", [*DNI, "--epochs", 6, "--dni", "--context"], 48),
     ("dni_comparisons/cifar_dgl.py", [*DNI, "--epochs", 2], 25),
-    *((f"ddg_comparisons/cifar_{m}.py", ["--depth", 8, "--batch-size", 25, "--epochs", 3], 52) for m in DDG),
+    *((f"ddg_comparisons/cifar_{m}.py", ["--depth", 8, "--batch-size", 25, "--epochs", 5], 58) for m in DDG),
 ]
 
 
