@@ -5,8 +5,9 @@ not change results is seen not to. After one that should, write them anew, and r
 
 The scripts run in float64. In float32, BatchNorm over few images makes rounding large: with the kernels of another
 processor (ATEN_CPU_CAPABILITY, ONEDNN_MAX_CPU_ISA, MKL_CBWR and MKL_ENABLE_INSTRUCTIONS, for SSE, AVX2 and AVX-512),
-losses differ by up to 0.2. In float64, all of these give every line to its last digit. The tolerance is ten units of a
-loss's last digit, and none for accuracies. A weight decay of 4e-4 instead of 5e-4 changes a loss by 24 times that.
+losses differ by up to 0.2. In float64, all of these give every line to its last digit; so do two threads, and the
+default layout. The tolerance is ten units of a loss's last digit, and none for accuracies. A weight decay of 4e-4
+instead of 5e-4 changes a loss by 24 times that.
 """
 
 import os
