@@ -27,6 +27,7 @@ SCRIPTS = {
     "learning_curves/cifar_dgl.py": ([], 2, 12),
     "learning_curves/cifar_sequential_greedy.py": ([], 8, 48),
 }
+SLOW = {*SCRIPTS} - {"dni_comparisons/cifar_dgl.py", "learning_curves/cifar_dgl.py"}
 
 
 def train(script, folder, *flags, before=lambda module: None):
@@ -79,7 +80,7 @@ class StandIn:
         return outputs
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [pytest.param(s, marks=pytest.mark.slow if s in SLOW else ()) for s in SCRIPTS])
 def test_replayed_steps_are_the_eager_ones(script, tmp_path, monkeypatch):
     stand_ins = []
 

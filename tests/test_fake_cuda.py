@@ -128,12 +128,14 @@ class Pretended:
         assert len(self.saved) == 2 * epochs - 1 > 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("script", "flags"), CASES)
 def test_a_run(script, flags, pretended_gpu, monkeypatch, tmp_path):
     precision = "bf16" if "--dni" in flags else "fp16"  # more happens than in float32
     Pretended(script, monkeypatch).run(*flags, "--precision", precision, "--save_folder", tmp_path)
 
 
+@pytest.mark.slow
 def test_a_worker_of_cifar_async(pretended_gpu, monkeypatch):
     """What a worker gets and what it sends is on the CPU or on the GPU: its transport takes either."""
     module = Pretended("buffer_experiments/cifar_async.py", monkeypatch).module
@@ -156,6 +158,7 @@ def test_a_worker_of_cifar_async(pretended_gpu, monkeypatch):
         module.evaluate(network, worker.autocast, tested)
 
 
+@pytest.mark.slow
 def test_images_of_imagenet(pretended_gpu, monkeypatch):
     module = Pretended("imagenet_dgl/imagenet.py", monkeypatch).module
     args = module.parse_args(["x", "-b", "4"])
@@ -190,6 +193,7 @@ def what_waits_stays_on_the_cpu(module, patch):
     patch(module.Delays, "load_state_dict", lambda delays, state: vars(delays).update(state))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("script", "mutate"),
     [
