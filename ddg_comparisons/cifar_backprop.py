@@ -28,14 +28,8 @@ def parse_args(argv=None):
     add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     add("--epochs", type=utils.at_least(1), default=300, help="passes over the training set")
-    add(
-        "--drops",
-        type=utils.at_least(1),
-        nargs="*",
-        default=[150, 225],
-        metavar="EPOCH",
-        help="the learning rate is divided by 10 when these epochs begin",
-    )
+    drops = {"type": utils.at_least(1), "nargs": "*", "default": [150, 225], "metavar": "EPOCH"}
+    add("--drops", **drops, help="when these epochs begin, the learning rate is divided by 10")
     add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and the order of the data")
     add("--log-interval", type=utils.at_least(0), default=0, help="print the loss every N batches (0: never)")
     args = parser.parse_args(argv)
