@@ -1,14 +1,14 @@
 """All that this repository wants from a machine with an NVIDIA GPU, in as many minutes as there are.
 
     python tests/gpu.py --list                                            # what would run, with its expected minutes
-    python tests/gpu.py --minutes 9 --out gpu --data data/cifar10-jpeg    # a folder, or an archive of it
-    python tests/gpu.py --minutes 9 --out gpu --data cifar10-jpeg.tar.xz --stage runs --jobs 4 --cuda-graph
+    python tests/gpu.py --minutes 4 --archive back/1.tar.gz --stage tests commands
+    python tests/gpu.py --minutes 8 --archive back/2.tar.gz --stage tables runs --cuda-graph --data cifar10-jpeg.tar.xz
     python tests/gpu.py --rehearse --out rehearsal                        # the same on a CPU, with everything tiny
 
 tests: `pytest -m cuda`. commands: every published command for a few steps, in all precisions. tables: speed and memory,
 one after the other. runs: full-length runs on --data, most wanted first; none that would not end in time, or whose log
 is committed already. A stage has its share of the time, and what it leaves is the next ones'. What fails stops nothing
-else. Leaves report.md, logs, and both in logs.tar.gz, renewed whenever something ends. Needs what the tests need.
+else. Leaves report.md, logs, and both in an archive, renewed whenever something ends. Needs what the tests need.
 """
 
 import argparse
@@ -16,7 +16,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import gc
-import importlib.util
+import importlib
 import json
 import os
 import re
@@ -26,15 +26,16 @@ import subprocess
 import sys
 import tarfile
 import tempfile
-import threading
 import time
 import traceback
 from pathlib import Path
 
+import psutil
+
 ROOT, ME = Path(__file__).resolve().parent.parent, str(Path(__file__).resolve())
 LEARNING, AUXILIARY, DNI = "learning_curves/cifar", "auxiliary_nets_study/cifar_dgl.py", "dni_comparisons/cifar"
 DDG, BUFFER, IMAGENET = "ddg_comparisons/cifar", "buffer_experiments/cifar", "imagenet_dgl/imagenet"
-SHARES = {"tests": 0.15, "commands": 0.25, "tables": 0.25, "runs": 0.35}  # of the time, by stage
+SHARES = {"tests": 0.4, "commands": 0.2, "tables": 0.18, "runs": 0.22}  # of the time, by stage
 PATIENCE = 15  # seconds in which a job that is told to end must have ended
 
 CIFAR_COMMANDS = [  # the READMEs' published commands
@@ -62,11 +63,11 @@ PRECISIONS = {  # the flags of each; what a script refuses is said in the table
 }
 LAYOUTS = [f"--precision {p} --layout {layout}" for p in ("tf32", "bf16") for layout in ("channels_last", "contiguous")]
 TABLES = {  # and the minutes that each is expected to take
-    "tests/benchmark.py": 0.8,
+    "tests/benchmark.py": 1.5,
     f"{ME} worker largest_batches 16": 1.2,  # GiB, as the published GPU had
     "ddg_comparisons/memory.py": 0.4,
-    "tests/benchmark.py --precision bf16": 0.8,
-    "tests/benchmark.py --precision bf16 --cuda-graph": 0.7,
+    "tests/benchmark.py --precision bf16": 1.5,
+    "tests/benchmark.py --precision bf16 --cuda-graph": 1.5,
     **{f"tests/benchmark.py --rows auxiliary {flags}": 0.3 for flags in LAYOUTS},
     f"{ME} worker largest_batches 0": 1.5,  # the whole GPU
 }
@@ -98,9 +99,6 @@ RUNS = [  # most wanted first: passes over CIFAR-10, GFLOP of an image, ms to la
 ]
 
 
-# Jobs
-
-
 @dataclasses.dataclass
 class Job:
     """A command in a process of its own. `status` is its exit status, or why it has none."""
@@ -127,74 +125,73 @@ class Job:
         return "; ".join(f"{r['precision']}: {r['status']}" for r in self.rows(out) if r["status"].startswith("failed"))
 
 
-running = set()  # processes
-
-
 def execute(job, out, end):
     """Run a job that is expected to end by `end` (of time.monotonic). At the latest then, it is told to end."""
     begin = time.monotonic()
     if begin + 60 * job.minutes > end:
         return job
     job.log(out).parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    environment = {"OMP_NUM_THREADS": "1", "TORCHINDUCTOR_COMPILE_THREADS": "2", "PYTHONUNBUFFERED": "1"}
+    cwd = out if job.stage == "runs" else ROOT  # so that the runs' logs have no folder of this machine
     with job.log(out).open("w") as log:
         print(shlex.join(["python", *job.command]), file=log, flush=True)
-        process = subprocess.Popen(
-            [sys.executable, *job.command],
-            cwd=out if job.stage == "runs" else ROOT,  # so that the runs' logs have no folder of this machine
-            env=environment,
-            stdout=log,
-            stderr=log,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        running.add(process)
+        options = {"env": os.environ | environment, "stdout": log, "stderr": log, "stdin": subprocess.DEVNULL}
+        process = subprocess.Popen([sys.executable, *job.command], cwd=cwd, start_new_session=True, **options)
+        children = []
         try:
             job.status = process.wait(end - begin)
         except subprocess.TimeoutExpired:
             job.status = "stopped: no time left"
+            children = psutil.Process(process.pid).children(recursive=True)  # torchrun's have sessions of their own
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(PATIENCE)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # it, or what it has left
+        kill(children)
         process.wait()
-        running.discard(process)
     job.seconds = time.monotonic() - begin
     return job
 
 
-def side_by_side(jobs, size, out, end):
+def kill(processes):
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+def side_by_side(jobs, size, args, end):
     """Run jobs in order, `size` at a time. Yields each when it has ended, or has not been started."""
     with concurrent.futures.ThreadPoolExecutor(size) as pool:
         try:
-            for done in concurrent.futures.as_completed([pool.submit(execute, job, out, end) for job in jobs]):
-                pack(out)
+            for done in concurrent.futures.as_completed([pool.submit(execute, job, args.out, end) for job in jobs]):
+                pack(args.out, args.archive)
                 yield done.result()
         except BaseException:  # Ctrl-C
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in [*running]:
-                os.killpg(process.pid, signal.SIGKILL)
+            kill(psutil.Process().children(recursive=True))
             raise
 
 
-def pack(out):
+def pack(out, archive):
     """All logs and the report in one file, without data and checkpoints."""
     files = [path for stage in SHARES for kind in ("txt", "log") for path in (out / stage).glob(f"*.{kind}")]
-    with tarfile.open(out / "logs.tar.gz.tmp", "w:gz") as archive:
+    archive.parent.mkdir(parents=True, exist_ok=True)
+    temporary = archive.with_name(f"{archive.name}.tmp")
+    with tarfile.open(temporary, "w:gz") as tar:
         for path in sorted([*files, *out.glob("*.md")]):
-            archive.add(path, path.relative_to(out))
-    (out / "logs.tar.gz.tmp").replace(out / "logs.tar.gz")
+            tar.add(path, path.relative_to(out))
+    temporary.replace(archive)
 
 
 # Stages: the jobs of each in groups, and how many of a group are side by side
 
 
 def tests(args):
-    flags = [] if args.rehearse else ["--numprocesses", "4", "--dist", "loadfile"]
+    flags = [] if args.rehearse else ["--numprocesses", "8", "--dist", "worksteal"]
     files = ["tests/test_learning_curves.py"] if args.rehearse else ["tests"]
-    command = ["-m", "pytest", "-q", "-m", "cuda", "--durations=10", *flags, *files]
-    yield 1, [Job("tests", "pytest -m cuda", command, 1)]
+    command = ["-m", "pytest", "-v", "-rfE", "--tb=short", "-m", "cuda", "--durations=10", *flags, *files]
+    yield 1, [Job("tests", "pytest -m cuda", command, 2)]
 
 
 def commands(args):
@@ -204,8 +201,8 @@ def commands(args):
     sixfold = Job("commands", SIX_PROCESSES, [*shlex.split(SIX_PROCESSES), *flags], 0.5)
     yield args.jobs, [*measured(args, "commands", small, first), sixfold]
     yield 1, [*measured(args, "commands", large, ["bf16"])]
-    yield args.jobs, [*measured(args, "commands", [*small, large[0]], more)]
     yield 1, [*measured(args, "commands", large, ["fp32"])]
+    yield args.jobs, [*measured(args, "commands", small, more)]
 
 
 def measured(args, stage, commands, precisions, steps=4):
@@ -221,11 +218,8 @@ def few_steps(args, command):
     if IMAGENET in command:
         tiny, flags = "-b 4 --image-size 32", "--dummy --debug 1 --nepochs 2 -p 0"
     else:
-        tiny, data = "--train-size 40 --batch-size 16", "digits"
-        if not importlib.util.find_spec("sklearn") and args.data and args.data.is_dir():
-            data = f"{args.data} --train-size 1500"
-            print(f"{args.data} instead of the digits, which scikit-learn has")
-        flags = f"--data {data} --epochs {1 if 'greedy' in command else 3}"
+        flags = "--data digits --epochs 3"  # in the first are cuDNN's benchmark, warm-up and capture
+        tiny = "--train-size 40 --batch-size 16"
         tiny += " --depth 26" * (DDG in command) + " --feature_size 32" * (BUFFER in command or AUXILIARY in command)
     return f"{flags} --no-cuda --threads 1 {tiny}".split() if args.rehearse else flags.split()
 
@@ -276,10 +270,10 @@ def unpack(args):
         if args.data.is_file():
             with tarfile.open(args.data) as archive:
                 archive.extractall(folder, filter="data")
-            folder = next(folder.rglob("train")).parent
+            folder = next(folder.rglob("train"), folder / "train").parent
         elif not folder.exists():
             folder.symlink_to(args.data)
-        subprocess.run([sys.executable, ME, "worker", "decode", folder], check=True)
+        subprocess.run([sys.executable, ME, "worker", "decode", folder], check=True, stderr=subprocess.PIPE, text=True)
         args.tree = folder.relative_to(args.out)
 
 
@@ -343,6 +337,8 @@ def measure(precisions, steps, script, *flags):
             status = "refused" if stop.code == 2 else f"failed: {stop.code}" if stop.code else "ok"
         except Exception as error:
             traceback.print_exc()
+            while error.__context__:  # a capture that fails ends with another error
+                error = error.__context__
             status = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
         (images, seconds), memory = passes[-1], torch.cuda.max_memory_allocated() / 2**20 if cuda else 0
         row = {"precision": precision, "status": status, "images/s": round(images / seconds) if seconds else 0}
@@ -350,16 +346,9 @@ def measure(precisions, steps, script, *flags):
 
 
 def train(script, *flags):
-    """Run a script with a checkpoint at most once a minute; without one if it has buffers, which may be gigabytes."""
+    """Run a script without checkpoints, from which nothing here goes on."""
     module = script_module(script)
-    save, last = module.utils.Run.save, [time.monotonic()]
-
-    def save_seldom(run):
-        if time.monotonic() - last[0] > 60 and not any(name.startswith("buffers") for name in run.parts):
-            last[0] = time.monotonic()
-            save(run)
-
-    module.utils.Run.save = save_seldom
+    module.utils.Run.save = lambda run: None
     module.main(flags)
 
 
@@ -372,19 +361,10 @@ def largest_batches(gib, arch="resnet152", pixels="224", *flags):
     limit = int(gib) * 2**30 or free
     if cuda:
         torch.cuda.set_per_process_memory_fraction(limit / total)
-    print(f"{arch}, {pixels} pixels, fp16, {limit / 2**30:.1f} GiB\n\n| | images | peak GiB |\n|---|---|---|")
-    flags = [
-        "--dummy",
-        "--debug",
-        "1",
-        "--arch",
-        arch,
-        "--half",
-        "--dynamic-loss-scale",
-        "--image-size",
-        pixels,
-        *flags,
-    ]
+    print(f"{arch}, {pixels} pixels, fp16, {limit / 2**30:.1f} GiB, without cuDNN's benchmark\n")
+    print("| | images | peak GiB |\n|---|---|---|")
+    half = f"--dummy --debug 1 --arch {arch} --image-size {pixels} --half --dynamic-loss-scale"
+    flags = [*half.split(), *flags]
     for way in ("backprop", "backprop, activation checkpointing", "DGL, K = 2", "DGL, K = 2, --balance memory"):
         peak = peak_of(way, flags, cuda, limit)
         few, more = peak(16), peak(48)
@@ -407,6 +387,7 @@ def peak_of(way, flags, cuda, limit):
 
     args = script.parse_args([*flags, *(["--balance", "memory"] if "memory" in way else [])])
     device = script.utils.setup(args)
+    torch.backends.cudnn.benchmark = False  # which would begin anew with every size of the batch
     autocast = script.utils.autocast(args, device)
     model = script.training.to_device(script.make_model(args, 1000), args, device)
     if "checkpointing" in way:
@@ -439,23 +420,17 @@ def peak_of(way, flags, cuda, limit):
     return peak
 
 
-WORKERS = {worker.__name__: worker for worker in (hardware, decode, measure, train, largest_batches)}
-
-
-# Report
-
-
 def report(stage, jobs, out):
     """A stage's table, and the tables that its commands have printed, as Markdown."""
-    lines, printed = (
-        [f"\n## {stage}\n", "| command | minutes | status | images/s | peak MiB |", "|---|---|---|---|---|"],
-        [],
-    )
+    note = " (images/s: side by side on one GPU, but for imagenet_dgl's)" * (stage == "commands")
+    lines, printed = [f"\n## {stage}{note}\n"], []
+    lines += ["| command | minutes | status | images/s | peak MiB |", "|---|---|---|---|---|"]
     for job in jobs:
         text = job.log(out).read_text(errors="replace").splitlines() if job.log(out).exists() else []
         if stage == "runs":
             script, name = job.name.split(".py")[0].replace("/", "-"), re.search(r"--name (\S+)", job.name)[1]
-            text = [line for log in (out / "runs").glob(f"*_{script}-{name}.log") for line in log.open()]
+            log = max((out / "runs").glob(f"*_{script}-{name}.log"), default=None)  # of several, the newest
+            text = log.read_text().splitlines() if log else []
         elif table := [line for line in text if line.startswith(("|", "torch", "resnet"))]:
             printed, text = [*printed, f"\n{job.name}\n", *table], []
         for row in job.rows(out) or [{"precision": job.problem(out) or "ok", "status": (text or ["-"])[-1].strip()}]:
@@ -470,6 +445,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--minutes", type=float, default=9, help="for everything: 9")
     add("--out", type=Path, default=Path("out/gpu"), help="folder for logs and report.md: out/gpu")
+    add("--archive", type=Path, help="of logs and report.md: logs.tar.gz in --out")
     add("--data", type=Path, help="CIFAR-10 for the runs: a folder with train/ and test/, or an archive of it")
     add("--stage", nargs="+", choices=SHARES, default=list(SHARES), help="only these")
     add("--jobs", type=int, default=max(1, min(6, cores // 2)), help="commands, and runs, side by side: 6 on 12 cores")
@@ -478,13 +454,14 @@ def parse_args(argv=None):
     add("--rehearse", action="store_true", help="on a CPU, with everything tiny")
     args = parser.parse_args(argv)
     args.out, args.data, args.tree = args.out.resolve(), args.data and args.data.resolve(), args.data
+    args.archive = (args.archive or args.out / "logs.tar.gz").resolve()
     if "runs" in args.stage and not (args.data or args.list or args.rehearse):
         parser.error("the runs need --data CIFAR10; without it, name the other stages with --stage")
     return args
 
 
 def main(argv=None):
-    args = parse_args(argv)
+    begin, args = time.monotonic(), parse_args(argv)
     stages = {stage: globals()[stage] for stage in SHARES if stage in args.stage}
     if args.list:
         for stage, function in stages.items():
@@ -496,18 +473,24 @@ def main(argv=None):
     machine = subprocess.run([sys.executable, ME, "worker", "hardware"], capture_output=True, text=True).stdout
     if machine.startswith("no GPU") and not args.rehearse:
         sys.exit("no GPU: --rehearse does the same on a CPU, with everything tiny")
-    last, left = time.monotonic() + 60 * args.minutes - PATIENCE, sum(SHARES[stage] for stage in stages)
-    lines, problems, unpacking = [f"# {machine}"], [], threading.Thread(target=unpack, args=[args])
-    unpacking.start()
+    last, left = begin + 60 * args.minutes - PATIENCE - 10, sum(SHARES[stage] for stage in stages)  # 10: for the report
+    lines, problems = [f"# {machine}"], []
+    unpacking = concurrent.futures.ThreadPoolExecutor(1).submit(unpack, args)
     for stage, function in stages.items():
         now, done = time.monotonic(), []
         end, left = now + (last - now) * SHARES[stage] / left, left - SHARES[stage]
+        groups = function(args)
         if stage == "runs":
-            unpacking.join()
-        for size, jobs in function(args):
+            try:
+                unpacking.result()
+            except Exception as error:
+                groups, problem = [], f"runs: no data: {getattr(error, 'stderr', None) or repr(error)}".strip()
+                print(problem, flush=True)
+                problems.append(f"- {problem}")
+        for size, jobs in groups:
             for job in jobs if args.rehearse else []:
                 job.minutes = 0
-            for job in side_by_side(jobs, size, args.out, end):
+            for job in side_by_side(jobs, size, args, end):
                 problem = job.problem(args.out)
                 print(f"{job.seconds:5.0f} s  {stage}: {job.name}: {problem or 'ok'}", flush=True)
                 problems += [f"- {stage}: {job.name}: {problem}: {job.log(args.out)}"] if problem else []
@@ -515,14 +498,14 @@ def main(argv=None):
         lines += report(stage, done, args.out)
         text = "\n".join([*lines, "\n## Failed, or not run\n", *problems, ""])
         (args.out / "report.md").write_text(text)
-        pack(args.out)
+        pack(args.out, args.archive)
     print(text)
     return 1 if problems else 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, it and all jobs would ignore it
     if sys.argv[1:2] == ["worker"]:
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored if the whole was started in the background
-        sys.exit(WORKERS[sys.argv[2]](*sys.argv[3:]))
+        sys.exit(globals()[sys.argv[2]](*sys.argv[3:]))
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main())

@@ -1,15 +1,18 @@
 """tests/gpu.py, without a GPU: its commands exist, its jobs end as they should, and a rehearsal of the whole."""
 
+import contextlib
 import shlex
 import tarfile
 import time
 
 import gpu
+import psutil
 import pytest
 from conftest import ROOT, copy_tree, load
 
 WAIT = "import time; print('started', flush=True); time.sleep(60)"
 STUBBORN = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN); " + WAIT
+CHILD = "import subprocess as s; print(s.Popen(['sleep', '60'], start_new_session=True).pid, flush=True); " + WAIT
 
 
 def done(program, out, seconds=60, minutes=0.0):
@@ -36,13 +39,19 @@ def test_a_job_that_would_not_end_in_time_is_not_started(tmp_path):
     assert not job.log(tmp_path).exists()
 
 
-@pytest.mark.parametrize("program", [WAIT, STUBBORN])
+@pytest.mark.parametrize("program", [WAIT, STUBBORN, CHILD])
 def test_a_job_that_does_not_end_is_stopped_and_its_log_is_kept(program, tmp_path, monkeypatch):
     monkeypatch.setattr(gpu, "PATIENCE", 0.5)
     begin = time.monotonic()
     job = done(program, tmp_path, seconds=1.5)
     assert job.problem(tmp_path) == "stopped: no time left"
-    assert "started" in job.log(tmp_path).read_text()
+    text = job.log(tmp_path).read_text()
+    assert "started" in text
+    if program == CHILD:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            child = psutil.Process(int(text.splitlines()[1]))
+            while child.status() != psutil.STATUS_ZOMBIE and time.monotonic() - begin < 30:
+                time.sleep(0.1)
     assert time.monotonic() - begin < 30
 
 
@@ -50,8 +59,9 @@ def test_the_archive_has_logs_and_no_data(tmp_path):
     for name in ("report.md", "runs/a.log", "commands/b.txt", "data/c.txt", "runs/d.pt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    gpu.pack(tmp_path)
-    with tarfile.open(tmp_path / "logs.tar.gz") as archive:
+    gpu.pack(tmp_path, tmp_path / "back" / "a.tar.gz")
+    assert [path.name for path in (tmp_path / "back").iterdir()] == ["a.tar.gz"]
+    with tarfile.open(tmp_path / "back" / "a.tar.gz") as archive:
         assert archive.getnames() == ["commands/b.txt", "report.md", "runs/a.log"]
 
 
@@ -69,6 +79,26 @@ def test_data_in_an_archive(image_folder, tmp_path):
     gpu.unpack(args)
     assert str(args.tree) == "data/copy"
     assert (copy / "train.decoded.pt").exists()
+
+
+@pytest.mark.parametrize(("folder", "reason"), [(False, "ReadError("), (True, "cifar.py: error: no images")])
+def test_without_data_no_run_is_started(folder, reason, tmp_path, monkeypatch):
+    (tmp_path / "worker.py").write_text("import sys; print('no GPU'); sys.exit('cifar.py: error: no images')")
+    monkeypatch.setattr(gpu, "ME", str(tmp_path / "worker.py"))
+    out, archive, data = tmp_path / "out", tmp_path / "a.tar.gz", tmp_path if folder else tmp_path / "worker.py"
+    flags = ["--rehearse", "--stage", "runs", "--out", str(out), "--archive", str(archive), "--data", str(data)]
+    assert gpu.main(flags) == 1
+    assert f"- runs: no data: {reason}" in (out / "report.md").read_text()
+    assert not (out / "runs").exists()
+    with tarfile.open(archive) as tar:
+        assert tar.getnames() == ["report.md"]
+
+
+def test_the_newest_of_a_runs_logs_is_reported(tmp_path):
+    for day in (2, 3, 1):
+        (tmp_path / "runs").mkdir(exist_ok=True)
+        (tmp_path / "runs" / f"2026110{day}-000000_a-b-c.log").write_text(f"day {day}\n")
+    assert gpu.report("runs", [gpu.Job("runs", "a/b.py --name c", [], status=0)], tmp_path)[-1].count("ok: day 3") == 1
 
 
 def test_runs_with_a_committed_log_are_left_out(tmp_path, monkeypatch):
