@@ -84,7 +84,7 @@ class Data:
 def add_data_flags(parser):
     add = parser.add_argument_group("data").add_argument
     add("--data", default="./data", help="CIFAR-10 (downloaded if missing), an image-folder tree, or: digits")
-    add("--train-size", type=utils.at_least(2), help="train on this many images, equally many of each class")
+    add("--train-size", type=utils.at_least(2), help="train on so many images, as many of each class (default: all)")
 
 
 def load_data(args, device, drop_last=False):

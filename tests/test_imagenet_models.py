@@ -546,7 +546,7 @@ def test_memory_of_resnet_152_against_backprop():
         ({"arch": "vgg13", "balance": "memory"}, "vgg13 is cut by block_size; balance is for .* vgg13_bn"),
         ({"arch": "vgg13", "aux_size": "published"}, "vgg13: aux_size published is for resnet18 to resnet152"),
         ({"arch": "alexnet", "aux_size": "published"}, "alexnet: aux_size published is for"),
-        ({"arch": "resnet18", "aux_size": "published", "balance": "memory"}, "cut as published .balance flops."),
+        ({"arch": "resnet18", "aux_size": "published", "balance": "memory"}, "with balance flops"),
         ({"arch": "vgg13", "block_size": 11}, "vgg13 has 10 convolutions: block_size must be 1 to 10"),
         ({"arch": "vgg13", "block_size": 0}, "block_size must be 1 to 10"),
         ({"arch": "vgg13_bn", "block_size": 2}, "vgg13_bn is cut by num_modules; block_size is for the paper's VGGs"),

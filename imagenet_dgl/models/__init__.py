@@ -36,7 +36,7 @@ def build_dgl(
     check_name(arch)
     is_published_resnet = arch in published.RESNETS and balance == "flops"
     if aux_size == "published" and not is_published_resnet:
-        raise ValueError(f"{arch}: aux_size published is for resnet18 to resnet152, cut as published (balance flops)")
+        raise ValueError(f"{arch}: aux_size published is for resnet18 to resnet152, with balance flops")
     if arch in VGGS:
         if num_modules is not None or balance == "memory":
             wrong = "num_modules" if num_modules is not None else "balance"
