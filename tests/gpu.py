@@ -195,7 +195,7 @@ def tests(args):
 
 
 def commands(args):
-    small, large = (c[::3] if args.rehearse else c for c in (CIFAR_COMMANDS, IMAGENET_COMMANDS))
+    small, large = CIFAR_COMMANDS[:: 4 if args.rehearse else 1], IMAGENET_COMMANDS[: 1 if args.rehearse else None]
     first, more = (["bf16"], []) if args.rehearse else (["fp32", "fp16", "bf16", "graph"], ["compile"])
     flags = [*few_steps(args, SIX_PROCESSES), "--save_folder", str(args.out / "commands")]
     sixfold = Job("commands", SIX_PROCESSES, [*shlex.split(SIX_PROCESSES), *flags], 0.5)
@@ -208,6 +208,7 @@ def commands(args):
 def measured(args, stage, commands, precisions, steps=4):
     """A job for each command that measures it in all precisions, one after the other."""
     for command in commands if precisions else []:
+        steps = 1 if args.rehearse else steps
         worker = [ME, "worker", "measure", ",".join(precisions), f"{steps}", *shlex.split(command)]
         name, minutes = f"{command} {','.join(precisions)}", 0.1 + 0.15 * len(precisions)
         yield Job(stage, name, [*worker, *few_steps(args, command)], minutes)
@@ -216,7 +217,7 @@ def measured(args, stage, commands, precisions, steps=4):
 def few_steps(args, command):
     """Flags for a few steps of the whole network; in a rehearsal of a small one, on a CPU."""
     if IMAGENET in command:
-        tiny, flags = "-b 4 --image-size 32", "--dummy --debug 1 --nepochs 2 -p 0"
+        tiny, flags = "-b 4 --image-size 32 --nepochs 1", "--dummy --debug 1 --nepochs 2 -p 0"
     else:
         flags = "--data digits --epochs 3"  # in the first are cuDNN's benchmark, warm-up and capture
         tiny = "--train-size 40 --batch-size 16"
@@ -234,14 +235,14 @@ def tables(args):
     for command, minutes in list(TABLES.items())[: 3 if args.rehearse else None]:
         flags = next((flags for name, flags in tiny.items() if args.rehearse and name in command), "")
         jobs.append(Job("tables", command.replace(ME, ""), [*shlex.split(command), *flags.split()], minutes))
-    published = measured(args, "tables", IMAGENET_COMMANDS[: 2 if args.rehearse else None], ["half"], 12)
+    published = measured(args, "tables", IMAGENET_COMMANDS[: 1 if args.rehearse else None], ["half"], 12)
     yield 1, [jobs[0], *published, *jobs[1:]]
 
 
 def runs(args):
     """Full-length runs. Of those side by side, half are expected to compute at a time."""
     jobs = []
-    for passes, gflop, ms, command in RUNS[::5] if args.rehearse else RUNS:
+    for passes, gflop, ms, command in RUNS[::9] if args.rehearse else RUNS:
         rate = 120e3 if "bf16" in command else 30e3  # GFLOP/s, cautious for an H100
         graph = args.cuda_graph and "_ddg.py" not in command and "_replay.py" not in command  # which are eager
         compute = 50_000 * gflop / rate * max(1, args.jobs / 2)

@@ -2,12 +2,11 @@
 
 import os
 import re
-import sys
 
 import pytest
 import torch
 import torchvision  # noqa: F401 (here, or each copy of this process imports it anew)
-from conftest import ROOT, forked, load, log_of, run, torchrun
+from conftest import ROOT, forked, load, log_of, python, run, torchrun
 from test_golden import IMAGES
 
 FOLDERS = sorted(path.parent.name for path in ROOT.glob("*/utils.py"))
@@ -42,12 +41,14 @@ def test_the_commands_of_the_readmes(folder, script, command, tmp_path):
     def main():
         torch.save = lambda state, file: None  # checkpoints of up to 2 GB
         os.chdir(tmp_path)
-        sys.path.insert(0, str(ROOT / folder))  # memory.py imports when it runs
         load(folder, script).main([str(flag) for flag in (*flags, *tiny)])
 
     if script == "sweep":  # as many runs of cifar_buffer.py as its flags make, each with flags that this accepts
         sweep = load(folder, script)
         assert len(sweep.grid(*sweep.parse_args(flags))) == 3 * (1 + 6 * 5)
+    elif script == "memory":  # which imports the scripts when it runs, by names that all folders have
+        done = python(ROOT / folder / "memory.py", *flags, *tiny, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
     elif launcher.startswith("torchrun"):
         size = int(re.search(r"--nproc_per_node=(\d+)", launcher)[1])
         done = torchrun(ROOT / folder / f"{script}.py", *flags, *tiny, cwd=tmp_path, size=size)
