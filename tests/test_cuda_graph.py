@@ -27,7 +27,7 @@ SCRIPTS = {
     "learning_curves/cifar_dgl.py": ([], 2, 12),
     "learning_curves/cifar_sequential_greedy.py": ([], 8, 48),
 }
-SLOW = {*SCRIPTS} - {"dni_comparisons/cifar_dgl.py", "learning_curves/cifar_dgl.py"}
+SLOW = {*SCRIPTS} - {"learning_curves/cifar_dgl.py"}
 
 
 def train(script, folder, *flags, before=lambda module: None):
