@@ -58,6 +58,17 @@ def one_message():
     """Let only the rank that fails speak: torchrun ends those that fail because it has gone. No traceback of faults
     outside the program."""
     try:
+        with without_traceback():
+            yield
+    except KeyboardInterrupt:  # perhaps while a rank that has lost another one waits
+        if RANK:
+            raise SystemExit(1) from None
+        raise
+
+
+@contextlib.contextmanager
+def without_traceback():
+    try:
         yield
     except RuntimeError as error:
         lines = str(error).strip().splitlines()
@@ -72,10 +83,6 @@ def one_message():
             raise
         time.sleep(PATIENCE)
         raise SystemExit(f"Rank {RANK} has lost the connection to another rank: {lines[0]}") from None
-    except KeyboardInterrupt:
-        if RANK:
-            raise SystemExit(1) from None
-        raise
 
 
 def setup(args):

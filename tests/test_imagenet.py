@@ -1035,12 +1035,22 @@ def test_what_another_rank_than_0_prints(monkeypatch, capsys):
 def test_another_rank_says_nothing_when_it_is_stopped(monkeypatch):
     """By torchrun, which sends SIGTERM: rank 0 says how to go on."""
     monkeypatch.setattr(ranks, "RANK", 1)
-    with pytest.raises(SystemExit) as stop, ranks.one_message():
+    monkeypatch.setattr(ranks, "COUNT", 2)
+
+    def interrupt(_=0):
         raise KeyboardInterrupt
-    assert stop.value.code == 1
+
+    def lose_a_rank():  # and be stopped while waiting
+        raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+    monkeypatch.setattr(time, "sleep", interrupt)
+    for happen in (interrupt, lose_a_rank):
+        with pytest.raises(SystemExit) as stop, ranks.one_message():
+            happen()
+        assert stop.value.code == 1
     monkeypatch.setattr(ranks, "RANK", 0)
     with pytest.raises(KeyboardInterrupt), ranks.one_message():
-        raise KeyboardInterrupt
+        interrupt()
 
 
 def test_another_rank_waits_before_it_says_that_a_loss_is_not_finite(monkeypatch):
