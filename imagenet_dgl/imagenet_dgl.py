@@ -36,7 +36,7 @@ import models
 import ranks
 import runs
 import training
-from module_parallel import ModuleParallel
+from module_parallel import PRECISIONS, ModuleParallel, rounded
 
 
 def parse_args(argv=None):
@@ -60,6 +60,7 @@ def parse_args(argv=None):
     )
     add("--ensemble", type=int, choices=[0, 1], default=1, help="test the ensembles of modules 0 to n too")
     add("--module-parallel", action="store_true", help="with torchrun: each rank trains one module")
+    add("--send-precision", choices=PRECISIONS, default="fp32", help="of what a module hands on to the next one")
     add("--profile", action="store_true", help="with --module-parallel: print what each rank's time is spent on")
     args = training.check_flags(parser, parser.parse_args(argv))
     if args.arch in models.VGGS:
@@ -84,7 +85,8 @@ def make_pipeline(args, device):
             )
     except ValueError as error:
         utils.fail(error)
-    return ModuleParallel(num_modules, device, args.batch_size * num_modules // ranks.COUNT, args.profile)
+    batch_size = args.batch_size * num_modules // ranks.COUNT
+    return ModuleParallel(num_modules, device, batch_size, args.profile, args.send_precision)
 
 
 def make_model(args, num_classes):
@@ -108,10 +110,10 @@ class Module(nn.Module):
             return self.auxiliary_net(representation), representation
 
 
-def train_epoch(modules, optimizers, scalers, autocast, batches, meters, pipeline=None):
+def train_epoch(modules, optimizers, scalers, autocast, batches, meters, pipeline=None, send_precision="fp32"):
     """One epoch of synchronous DGL (Algorithm 1): a module updates before the next one sees the batch.
 
-    In a pipeline there is one module on each rank: x is what the previous one has sent.
+    In a pipeline there is one module on each rank: x is what the previous one has sent, rounded by the pipeline.
     """
     for module in modules:
         module.train()
@@ -123,6 +125,8 @@ def train_epoch(modules, optimizers, scalers, autocast, batches, meters, pipelin
             x = representation.detach()  # update unlocking: nothing flows back across modules
             if pipeline:
                 pipeline.send(x, labels)  # on its way during the backward pass
+            else:
+                x = rounded(x, send_precision)
             optimizer.zero_grad()
             scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
             scaler.step(optimizer)
@@ -131,11 +135,11 @@ def train_epoch(modules, optimizers, scalers, autocast, batches, meters, pipelin
 
 
 @torch.no_grad()
-def evaluate(modules, autocast, batches, pipeline=None):
+def evaluate(modules, autocast, batches, pipeline=None, send_precision="fp32"):
     """[module's, ensemble's] [top-1, top-5] in % for every module, in one pass over the images of all ranks.
 
     The ensemble is that of modules 0 to n: softmax outputs averaged with weights 2^i / sum. In a pipeline, the sum up
-    to the previous module comes with the batch.
+    to the previous module comes with the batch. What a module hands on is rounded as in training.
     """
     for module in modules:
         module.eval()
@@ -147,6 +151,8 @@ def evaluate(modules, autocast, batches, pipeline=None):
         for module in modules:
             with autocast:
                 logits, x = module(x)
+            if not pipeline:
+                x = rounded(x, send_precision)
             total = total + 2**module.n * logits.float().softmax(1)  # the division by the sum changes no prediction
             correct[module.n, 0] += training.hits(logits, labels)
             correct[module.n, 1] += training.hits(total, labels)
@@ -187,7 +193,7 @@ def main(argv=None):
     autocast = utils.autocast(args, device)
     if args.evaluate:
         runs.load_network(model, args, images)
-        for n, tested in enumerate(evaluate(modules, autocast, images.test, pipeline)):
+        for n, tested in enumerate(evaluate(modules, autocast, images.test, pipeline, args.send_precision)):
             print(f"n: {n}, {tested_text(args, *tested)}")
         for text in runs.skipped(images):
             print(text)
@@ -204,14 +210,23 @@ def main(argv=None):
         for module in modules:
             module.stream = training.RandomStream(training.random_seed(args, epoch, module.n * shares + share), device)
         begin, batches = time.perf_counter(), run.watch(images.train, meters, epoch)
-        train_epoch(parallel, optimizers, scalers, autocast, batches, [meters[m.n] for m in modules], pipeline)
+        train_epoch(
+            parallel,
+            optimizers,
+            scalers,
+            autocast,
+            batches,
+            [meters[m.n] for m in modules],
+            pipeline,
+            args.send_precision,
+        )
         if pipeline:
             pipeline.end_pass(len(images.train))
         if args.profile:
             run.show_profile(time.perf_counter() - begin)
         for module in modules:
             ranks.average_buffers(module, group)
-        for n, tested in enumerate(evaluate(modules, autocast, images.test, pipeline)):
+        for n, tested in enumerate(evaluate(modules, autocast, images.test, pipeline, args.send_precision)):
             loss, top1, top5 = meters[n].pop()
             run.check_finite(loss, n, epoch)
             train = f"train top1:{top1:.3f}(top5:{top5:.3f})"

@@ -58,7 +58,7 @@ def load_network(model, args, images):
     state = utils.load_checkpoint(args.resume, args.script)
     Classes(images.classes, args.data).load_state_dict(state["parts"]["classes"])
     saved, flags = state["parts"]["model"], state["arguments"]
-    for flag in ("arch", "aux_size", "balance", "block_size", "mlp", "nlin", "num_modules"):
+    for flag in ("arch", "aux_size", "balance", "block_size", "mlp", "nlin", "num_modules", "send_precision"):
         if flags.get(flag) != (now := getattr(args, flag, None)):
             utils.fail(f"{args.resume} was made with {flag} {flags.get(flag)!r}, not {now!r}")
     if shapes(saved) != shapes(model.state_dict()):

@@ -78,8 +78,8 @@ def whole(tree, tmp_path_factory):
     ("num_modules", "flags"),
     [
         (3, ["--precision", "fp16", "--dynamic-loss-scale"]),
-        (4, ["--epochdecay", 1]),
-        (2, ["--arch", "resnet18", "--image-size", 64, "--aux-size", "published"]),
+        (4, ["--epochdecay", 1, "--send-precision", "bf16"]),
+        (2, ["--arch", "resnet18", "--image-size", 64, "--aux-size", "published", "--send-precision", "int8"]),
     ],
 )
 def test_equals_one_process_to_the_bit(num_modules, flags, whole, tree, tmp_path):
@@ -169,12 +169,12 @@ def test_mistakes(tree, tmp_path, monkeypatch, capsys):
 # The pipeline itself
 
 
-def in_pipeline(count, work):
+def in_pipeline(count, work, num_modules=None, **options):
     """`work(pipeline)` on `count` ranks, with batches of two images."""
 
     def begin(_):
         torch.distributed.init_process_group("gloo")
-        pipeline = module_parallel.ModuleParallel(count, torch.device("cpu"), batch_size=2)
+        pipeline = module_parallel.ModuleParallel(num_modules or count, torch.device("cpu"), batch_size=2, **options)
         work(pipeline)
         torch.distributed.destroy_process_group()
 
@@ -272,6 +272,91 @@ def test_what_is_sent_on_is_not_overwritten_by_what_comes():
         pipeline.end_pass(total)
 
     in_pipeline(3, work)
+
+
+def test_each_link_has_a_group_of_its_own():
+    """Of three modules with two replicas: every rank knows all four, made in the same order, and sends on its own."""
+
+    def work(pipeline):
+        assert [*pipeline.links] == [0, 1, 2, 3]
+        rank = torch.distributed.get_rank()
+        for n, link in pipeline.links.items():
+            member = rank in (n, n + 2)
+            assert member == (link is not torch.distributed.GroupMember.NON_GROUP_MEMBER)
+            assert not member or torch.distributed.get_process_group_ranks(link) == [n, n + 2]
+        own = ((torch.full((2, 5), float(rank)), torch.tensor([i, i])) for i in range(3))
+        for i, (x, labels) in enumerate(own if pipeline.is_first else pipeline.receive(3)):
+            assert x.mean() == pipeline.replica and labels.tolist() == [i, i]
+            pipeline.send(x, labels)
+        pipeline.end_pass(3)
+
+    in_pipeline(6, work, num_modules=3)
+
+
+# What is sent in fewer bits
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5, 7), (4, 9, 6), (4, 11)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_rounding(shape, dtype):
+    """At most half of an image's scale for int8; zeros stay, and other images do not matter."""
+    torch.manual_seed(0)
+    x = torch.randn(shape).to(dtype)
+    x[1].relu_()
+    x[2] = 3
+    x[3] = 1e-30 * x[3] - 7  # narrow, far from zero
+    assert module_parallel.rounded(x, "fp32") is x
+    half, byte = (module_parallel.rounded(x, precision) for precision in ("bf16", "int8"))
+    assert half.dtype == byte.dtype == dtype
+    assert torch.equal(half, x.bfloat16().to(dtype) if x.element_size() > 2 else x)
+    own = torch.finfo(dtype).eps if dtype in (torch.float16, torch.bfloat16) else 1e-6
+    for image, rounded in zip(x.double(), byte.double()):
+        bound = 0.5 * (image.max() - image.min()) / 255 + own * image.abs().max()
+        assert (image - rounded).abs().max() <= bound
+    assert (byte[1][x[1] == 0] == 0).all()
+    assert torch.equal(byte[2], x[2])
+    assert torch.equal(module_parallel.rounded(x[:1], "int8"), byte[:1])
+    if len(shape) == 4:
+        other = module_parallel.rounded(x.to(memory_format=torch.channels_last), "int8")
+        assert torch.equal(other, byte) and other.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_what_is_not_finite_stays_so():
+    for bad in (float("nan"), float("inf")):
+        x = torch.ones(2, 3, 4, 4)
+        x[0, 1, 2, 3] = bad
+        assert all(not module_parallel.rounded(x, p)[0].isfinite().all() for p in module_parallel.PRECISIONS)
+        assert torch.equal(module_parallel.rounded(x, "int8")[1], x[1])
+
+
+@pytest.mark.parametrize(("precision", "of_the_image"), [("fp32", 4 * 96), ("bf16", 2 * 96), ("int8", 96 + 8)])
+def test_bytes_on_the_wire(precision, of_the_image, monkeypatch):
+    """Of two images (6, 4, 4), with incomplete and missing batches, the labels and a message's own count of images."""
+    x = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
+    sizes, isend = [], torch.distributed.isend
+
+    def counted(tensor, *others):
+        sizes.append(tensor.nbytes)
+        return isend(tensor, *others)
+
+    monkeypatch.setattr(torch.distributed, "isend", counted)
+
+    def work(pipeline):
+        for kind in ("train", "test"):
+            if pipeline.is_first:
+                sizes.clear()
+                pipeline.send(x, torch.tensor([1, 2]), kind=kind)
+                pipeline.send(x[:1], torch.tensor([3]), kind=kind)
+            else:
+                expected = module_parallel.rounded(x, precision)
+                for (received, labels), count in zip(pipeline.receive(3, kind), (2, 1)):
+                    assert torch.equal(received, expected[:count])
+                    assert received.is_contiguous(memory_format=torch.channels_last)
+                    assert labels.tolist() == ([1, 2] if count == 2 else [3])
+            pipeline.end_pass(3, kind)
+            assert sum(sizes) == (3 * (2 * of_the_image + 2 * 8 + 8) if pipeline.is_first else 0)
+
+    in_pipeline(2, work, send_precision=precision)
 
 
 # The computed schedule, and the benchmark
