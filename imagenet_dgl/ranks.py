@@ -4,9 +4,12 @@ Without torchrun there is one rank, and everything here does nothing.
 """
 
 import contextlib
+import datetime
 import inspect
+import ipaddress
 import os
 import signal
+import socket
 import sys
 import time
 import uuid
@@ -20,6 +23,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 PATIENCE = 10  # seconds in which torchrun ends this rank when another one has failed
+CONNECT = datetime.timedelta(seconds=60)
 
 
 def place():
@@ -101,23 +105,36 @@ def setup(args):
         torch.set_num_threads(1)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    store = meet(connect())
+    choose_interface(store, RANK, COUNT)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        dist.init_process_group(backend, store=meet(), rank=RANK, world_size=COUNT)
-    else:  # not started by torchrun
-        dist.init_process_group(backend)
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=COUNT)
     compare_checkpoints(args.resume)
     return device
 
 
-def meet():
-    """torchrun's store, with a prefix for this start of the job.
+def connect():
+    """A connection to the store in which the ranks find each other: torchrun's, or without torchrun, rank 0's."""
+    host, port, torchrun = (os.environ.get(n) for n in ("MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_USE_AGENT_STORE"))
+    if not port.isdecimal() or int(port) >= 2**16:
+        utils.fail(f"MASTER_PORT is {port!r}, which is not a port: unset it and start with torchrun, which sets it")
+    try:
+        is_master = RANK == 0 and torchrun != "True"
+        return dist.TCPStore(host, int(port), is_master=is_master, multi_tenant=True, timeout=CONNECT)
+    except dist.DistError as error:
+        utils.fail(
+            f"no connection to {host}:{port}, where rank 0 should be ({str(error).splitlines()[0]}): give torchrun an "
+            "address of the first machine that leads there from here, as --master-addr"
+        )
+
+
+def meet(store):
+    """The store, with a prefix for this start of the job.
 
     After --max-restarts the store still has the addresses of the last start
     (https://github.com/pytorch/pytorch/issues/135712), and its count of restarts differs between machines. So each rank
     asks under a name that no earlier process had, and rank 0 answers until all have the prefix.
     """
-    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False)
     if RANK:
         question = uuid.uuid4().hex
         store.set(f"question {RANK}", question)
@@ -131,6 +148,40 @@ def meet():
                     store.set(f"answer {store.get(f'question {rank}').decode()}", prefix)
             time.sleep(0.05)
     return dist.PrefixStore(prefix, store)
+
+
+def choose_interface(store, rank, count):
+    """Let Gloo use the network interface that leads to the other machines, unless GLOO_SOCKET_IFNAME names one.
+
+    Gloo would take the address that the host's name has: on a stock Debian or Ubuntu, the loopback. NCCL never takes that
+    if there is another interface, and is left to itself.
+
+    Args:
+        store: new in this start of the job; all ranks use it to tell their addresses.
+
+    Returns:
+        The address of each rank's machine: different machines have different ones.
+    """
+    own = address_towards(os.environ["MASTER_ADDR"])
+    store.set(f"address {rank}", own)
+    addresses = [store.get(f"address {other}").decode() for other in range(count)]
+    others = [address for address in addresses if address != own]
+    if others and "GLOO_SOCKET_IFNAME" not in os.environ:
+        if ipaddress.ip_address(own).is_loopback:  # MASTER_ADDR is a name, this is its machine
+            own = address_towards(others[0])
+        import psutil  # only needed here
+
+        interfaces = psutil.net_if_addrs().items()
+        os.environ["GLOO_SOCKET_IFNAME"] = next(n for n, found in interfaces if own in {a.address for a in found})
+    return addresses
+
+
+def address_towards(host):
+    """This machine's address in the network that leads to a host."""
+    family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, kind) as probe:
+        probe.connect(target)  # sends nothing, only asks for the way
+        return probe.getsockname()[0]
 
 
 def compare_checkpoints(path):
