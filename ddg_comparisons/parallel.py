@@ -1,0 +1,321 @@
+"""DGL, DDG, features replay and backprop, each module in a process of its own (Section 5.3, arXiv 1901.08164).
+
+Ends with the weights of cifar_dgl.py, cifar_ddg.py, cifar_features_replay.py or cifar_backprop.py: the same work is
+spread over K processes, which exchange outputs and gradients by torch.distributed.
+
+    torchrun --standalone --nproc_per_node=2 parallel.py --method ddg    # CIFAR-10, downloaded to ./data if missing
+    torchrun --standalone --nproc_per_node=3 parallel.py --method fr --num_splits 3 --data digits --depth 20
+
+Rank n has module n. In iteration t it runs F, its forward pass on batch t, then B, a backward pass and a step, on batch
+t or an older one. Receives are posted ahead and sends are asynchronous, so a rank waits only for what it needs:
+
+    dgl       F(n,t) needs F(n-1,t).                     A step takes max F + B, or a transfer if that is longer.
+    ddg, fr   B(n,t) needs B(n+1,t-1) too: the locking.  The largest mean, over neighbours n..m, of F + B and transfers.
+    backprop  B(n,t) needs B(n+1,t) too.                 The sum of all F + B and transfers.
+
+Where DDG's mean comes from: F(n,t), ..., F(m,t), B(m,t), ..., B(n,t+m-n), F(n,t+m-n+1) is a chain. It has m-n+1
+iterations, F and B of all m-n+1 modules, and 2(m-n) transfers. So with modules of equal speed, DDG waits for all of its
+transfers, and DGL for none. FR's replay needs no gradient: in the chain, only module m's counts.
+
+Writes a log and a checkpoint like the script of the method. benchmark.py measures the speed.
+"""
+
+import argparse
+import os
+import signal
+import sys
+
+import utils
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+import wires
+from tqdm import tqdm
+
+import cifar
+import cifar_ddg
+import cifar_dgl
+import cifar_features_replay
+import models
+
+
+def parse_args(argv=None):
+    parser = utils.ArgumentParser(__file__, __doc__)
+    cifar.add_data_flags(parser)
+    cifar.add_bn_init_flag(parser)
+    add = parser.add_argument
+    add("--method", choices=METHODS, default="dgl", help="how the modules are trained")
+    add("--num_splits", type=utils.at_least(1), default=2, help="number of modules (K) and of processes")
+    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet, 6n+2")
+    add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
+    add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
+    add("--epochs", type=utils.at_least(1), default=300, help="passes over the training set")
+    drops = {"type": utils.at_least(1), "nargs": "*", "default": [150, 225], "metavar": "EPOCH"}
+    add("--drops", **drops, help="when these epochs begin, the learning rate is divided by 10")
+    add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and the order of the data")
+    args = parser.parse_args(argv)
+    try:
+        models.cut(args.depth, args.num_splits)
+    except ValueError as error:
+        parser.error(error)
+    if (size := int(os.environ.get("WORLD_SIZE", 1))) != args.num_splits:
+        start = f"torchrun --standalone --nproc_per_node={args.num_splits} parallel.py"
+        parser.error(f"{args.num_splits} modules need {args.num_splits} processes, not {size}: start with {start}")
+    if args.method == "backprop" and args.precision == "fp16":
+        parser.error("backprop in fp16 has one loss scaler for all modules: choose --precision bf16")
+    return args
+
+
+# The four methods: a pass of module m over batches, pairs of input (B, C, H, W) and labels (B,)
+
+
+def train_dgl(m, batches):
+    """DGL (Algorithm 1), any module."""
+    for x, labels in batches:
+        with m.autocast:
+            representation = m.block(x)
+        if m.outputs:
+            m.outputs.send(representation.detach())  # update unlocking: nothing comes back
+        with m.autocast:
+            logits = m.auxiliary_net(representation)
+            loss = F.cross_entropy(logits, labels)
+        (loss * m.scale()).backward()
+        m.step()
+        m.meter.update(loss, logits, labels)
+
+
+def train_backprop(m, batches):
+    """Backprop, a module below the last."""
+    for x, _ in batches:
+        m.gradients.expect(len(x))
+        with m.autocast:
+            output = m.block(x)
+        m.outputs.send(output.detach())
+        output.backward(m.gradients.receive().to(output.dtype))  # after all modules above: the bubble
+        m.send_back(x, m.one)
+        m.step()
+
+
+def train_ddg(m, batches):
+    """DDG (Algorithm 1 of its paper), a module below the last."""
+    graphs = m.delays.graphs[m.n]
+    for x, _ in batches:
+        with m.autocast:
+            graphs.append(cifar_ddg.Graph(m.block, x, m.block.named_parameters()))
+        m.outputs.send(graphs[-1].output.detach())
+        if len(graphs) > m.late:  # not so in the first K-1-n iterations of all
+            graph, scale = graphs.pop(0), m.scale()
+            graph.backward(m.gradients.receive() * scale)  # found by module n+1 one iteration ago
+            m.send_back(graph.x, scale)
+            m.step()
+        if len(graphs) == m.late:
+            m.gradients.expect(len(graphs[0].x))  # module n+1 finds it in this iteration
+
+
+def train_fr(m, batches):
+    """Features replay (Algorithm 1 of its paper), a module below the last."""
+    inputs = m.delays.inputs[m.n]
+    for x, _ in batches:
+        inputs.append(x)
+        with torch.no_grad(), m.autocast:
+            m.outputs.send(m.block(x))
+        if len(inputs) > m.late:
+            x, scale = inputs.pop(0), m.scale()
+            with m.autocast:
+                output = cifar_features_replay.replay(m.block, x)
+            output.backward((m.gradients.receive() * scale).to(output.dtype))
+            m.send_back(x, scale)
+            m.step()
+        if len(inputs) == m.late:
+            m.gradients.expect(len(inputs[0]))
+
+
+def train_last(m, batches):
+    """The last module of backprop, DDG and FR. Its gradient is there at once."""
+    for x, labels in batches:
+        with m.autocast:
+            logits = m.block(x)
+            loss = F.cross_entropy(logits, labels)
+        scale = m.scale()
+        (loss * scale).backward()
+        m.send_back(x, scale)
+        m.step()
+        m.meter.update(loss, logits, labels)
+
+
+# Each with the script that has its optimizers and test. SGD treats each weight alone: backprop may have K, as DDG has.
+METHODS = {
+    "dgl": (cifar_dgl, train_dgl),
+    "ddg": (cifar_ddg, train_ddg),
+    "fr": (cifar_features_replay, train_fr),
+    "backprop": (cifar_ddg, train_backprop),
+}
+
+
+class Module:
+    """What this rank trains: one module of the network, and its wires to the ranks of its neighbours.
+
+    Attributes:
+        late: by how many iterations DDG and FR delay its backward pass, K-1-n.
+        delays: as in the one-process script. Of it, this rank uses its own module's share.
+        inputs, outputs: wires from module n-1 and to module n+1; gradients, back: the opposite ones. None if missing.
+    """
+
+    def __init__(self, args, model, device):
+        script, train = METHODS[args.method]
+        self.n, self.device, last = dist.get_rank(), device, args.num_splits - 1
+        self.train = train_last if self.n == last and args.method != "dgl" else train
+        self.parts = parts(model, self.n)
+        self.block, self.auxiliary_net = self.parts[0], self.parts[-1]
+        self.optimizer, self.scaler = script.make_optimizers(model)[self.n], cifar.grad_scaler(args, device)
+        self.autocast, self.meter = utils.autocast(args, device), cifar.Meter(device)
+        self.one, self.late, self.delays = torch.ones((), device=device), last - self.n, None
+        if args.method == "ddg":
+            self.delays = cifar_ddg.Delays(model, self.autocast)
+        elif args.method == "fr":
+            self.delays = cifar_features_replay.Delays(model)
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision, torch.float32)
+        _, shapes = models.blocks(args.depth, args.num_splits)
+        up, down = [], []
+        for n, shape in enumerate(shapes[:-1]):
+            up.append(wires.Wire(n, n + 1, shape, dtype, device))
+            down.append(wires.Wire(n + 1, n, shape, torch.float32, device) if args.method != "dgl" else None)
+        self.inputs, self.outputs = [None, *up][self.n], [*up, None][self.n]
+        self.gradients, self.back = [*down, None][self.n], [None, *down][self.n]
+
+    def receive(self, labels):
+        """Yield (input, labels) of each batch of a pass, given the labels of all. Not on rank 0."""
+        for i, own in enumerate(labels):
+            for later in labels[i + len(self.inputs.coming) : i + wires.SLOTS]:
+                self.inputs.expect(len(later))
+            yield self.inputs.receive().requires_grad_(self.back is not None), own.to(self.device)
+
+    def train_epoch(self, batches):
+        for part in self.parts:
+            part.train()
+        self.train(self, batches)
+        for wire in filter(None, (self.outputs, self.back)):
+            wire.flush()
+
+    def scale(self):
+        """Of the loss: 1 except in fp16. Each module has its own, so gradients are passed unscaled."""
+        return self.scaler.scale(self.one)
+
+    def send_back(self, x, scale):
+        """Send the previous module the gradient with respect to its output."""
+        if self.back:
+            self.back.send(x.grad.float() / scale)
+
+    def step(self):
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+
+    def state_dict(self):
+        """After an epoch; the meter starts again from zero."""
+        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
+        if self.delays:
+            if self.gradients:
+                self.delays.gradients[self.n] = self.gradients.look()
+            state["delays"] = self.delays.state_dict()
+        state["weights"], state["meter"] = [part.state_dict() for part in self.parts], self.meter.sums.clone()
+        self.meter.sums.zero_()
+        return state
+
+    def load_state_dict(self, state):
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.scaler.load_state_dict(state["scaler"])
+        if self.delays:
+            self.delays.load_state_dict(state["delays"])
+            if self.gradients and self.delays.gradients[self.n] is not None:
+                self.gradients.put_back(self.delays.gradients[self.n])
+
+
+def parts(model, n):
+    """Module n's block and, in DGL, auxiliary network."""
+    return [getattr(model, name)[n] for name in ("blocks", "auxiliary_nets") if hasattr(model, name)]
+
+
+class Saved:
+    """What the modules keep beside the weights, for rank 0's checkpoint."""
+
+    states = ()
+
+    def state_dict(self):
+        return {"states": self.states}
+
+    def load_state_dict(self, state):
+        self.states = state["states"]
+
+
+def make_network(args, num_classes, device):
+    make = models.DGLNet if args.method == "dgl" else models.ResNet
+    network = make(num_classes, args.depth, args.num_splits)
+    if args.method == "dgl":
+        cifar.init_batch_norm(network.auxiliary_nets, args.bn_init)
+    return utils.to_device(network, args, device)
+
+
+def labels_of_next_pass(batches):
+    """The labels of each batch of the next pass over the training set."""
+    before = batches.generator.get_state()
+    labels = [batches.labels[index] for index, *_ in batches.draw()[: len(batches)]]
+    batches.generator.set_state(before)
+    return labels
+
+
+def log_epoch(run, epoch, args, model, autocast, states):
+    """Test the network with the weights of all ranks. Of their states, only what the checkpoint needs is left."""
+    meters = []
+    for n, state in enumerate(states):
+        weights = state.pop("weights")
+        for part, own in zip(parts(model, n), weights) if n else ():  # rank 0's own are there, and its graphs need them
+            part.load_state_dict(own)
+        meters.append(cifar.Meter("cpu"))
+        meters[n].sums = state.pop("meter")
+    script, _ = METHODS[args.method]
+    top1 = script.evaluate(model, autocast, run.data.test)
+    lines = enumerate(zip(meters, top1), start=1) if args.method == "dgl" else [(len(states), (meters[-1], top1))]
+    for n, (meter, accuracy) in lines:
+        cifar.log_epoch(run, n, epoch, meter, accuracy)
+
+
+def main(argv=None):
+    if int(os.environ.get("RANK", 0)) == 0:  # it alone needs the data, the checkpoint and the save folder
+        args = parse_args(argv)
+    else:
+        args = None
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # rank 0 says what there is to say
+        if {"-h", "--help"} & {*(sys.argv if argv is None else argv)}:
+            return
+    with wires.quiet():
+        run_rank(args)
+
+
+def run_rank(args):
+    rank = wires.join()
+    args = argparse.Namespace(**wires.broadcast(args and vars(args)))
+    device = wires.set_up(args)
+    data = cifar.load_data(args, device) if rank == 0 else None
+    num_classes = wires.broadcast(data and data.num_classes)
+    script, _ = METHODS[args.method]
+    model = make_network(args, num_classes, device)
+    module, saved = Module(args, model, device), Saved()
+    run = utils.Run(args, data, model=model, modules=saved) if rank == 0 else None
+    start = wires.broadcast(run and {"epoch": run.epoch, "model": model.state_dict(), "modules": saved.states})
+    model.load_state_dict(start["model"])
+    if start["modules"]:
+        module.load_state_dict(start["modules"][rank])
+    for epoch in run.epochs(args.epochs) if run else range(start["epoch"] + 1, args.epochs + 1):
+        script.set_learning_rate([module.optimizer], epoch, args.drops)
+        labels = wires.broadcast(run and labels_of_next_pass(data.train))
+        module.train_epoch(tqdm(data.train, disable=None, leave=False) if run else module.receive(labels))
+        saved.states = wires.gather(module.state_dict())
+        if run:
+            log_epoch(run, epoch, args, model, module.autocast, saved.states)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
