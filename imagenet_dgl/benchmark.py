@@ -1,18 +1,24 @@
-"""Module-parallel DGL against one process, data-parallel and pipelined backprop: images/s and peak memory.
+"""Module-parallel DGL and what one would use instead of it: images/s and peak memory, on one machine.
 
     python benchmark.py                                              # a small network, K = 2, on two CPU cores
     python benchmark.py --arch resnet50 --image-size 224 -b 256 --num-modules 2 4    # as many GPUs are needed
+    python benchmark.py --link 1gbit 100mbit --send-precision fp32 int8    # as root: over slow links, too
 
-Starts K ranks for each K. They train the same network on the same batch in all ways in turn, --rounds times; a figure
-is the median. The ways are imagenet_dgl.py's and imagenet.py's own train_epoch, and torch.distributed.pipelining's
-GPipe and 1F1B, whose stages are DGL's blocks without auxiliary networks. Prints a table and writes a picture.
-"heaviest module" is what an ideal pipeline would reach: the rate of its slowest rank, alone on the machine. "predicted"
-is what schedule.py computes from the modules' times and the speed of the link.
+Starts K ranks for each K. They train the same network on the same batches in all the ways of ways.py in turn, --rounds
+times; a figure is the median. Peak memory has parameters and optimizer in it. A pipeline's microbatches are the fastest
+of --microbatches. With --link, the ranks are in network namespaces joined by links of that rate, for the ways that
+send the least. "heaviest module" is what an ideal pipeline would reach: the rate of its slowest rank, measured while
+all compute. "predicted" is what schedule.py computes from the modules' times and the speed of the link; its error is
+against the measured median. Prints a table and writes a picture.
 """
 
 import argparse
 import contextlib
+import functools
+import gc
 import itertools
+import os
+import signal
 import statistics
 import tempfile
 import time
@@ -23,18 +29,14 @@ import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-import torch.nn.functional as F
-from torch import nn
-from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
-import imagenet
-import imagenet_dgl
+import links
 import models
 import schedule
-import training
-from module_parallel import ModuleParallel
+import ways
+from module_parallel import PRECISIONS
 
-CLASSES, WARM_UP = 10, 3  # classes; steps that are not measured
+OVER_LINKS = ("DGL, module-parallel", "backprop, DDP", "backprop, 1F1B")  # the ways that are compared there
 
 
 def parse_args(argv=None):
@@ -45,9 +47,20 @@ def parse_args(argv=None):
     add("--num-modules", type=utils.at_least(2), nargs="+", default=[2], metavar="K", help="modules, and ranks: 2")
     add("-b", "--batch-size", type=utils.at_least(2), default=128, help="images in a batch, of all ranks: 128")
     add("--image-size", type=utils.at_least(16), default=32, metavar="PIXELS", help="32")
-    add("--microbatches", type=utils.at_least(1), default=8, help="of GPipe and 1F1B: 8")
+    add(
+        "--balance",
+        choices=["flops", "memory", "time"],
+        nargs="+",
+        default=["flops"],
+        help="of modules; several: flops",
+    )
+    add("--send-precision", choices=PRECISIONS, nargs="+", default=["fp32"], help="between modules; several: fp32")
+    add("--link", type=links.rate, nargs="+", default=[], metavar="RATE", help="such as 10gbit 1gbit 100mbit; as root")
+    add("--ways", nargs="+", metavar="TEXT", help="only those with one of these in their name, such as DDP")
+    add("--microbatches", type=utils.at_least(1), nargs="+", default=[2, 4, 8, 16], help="to search: 2 4 8 16")
     add("--steps", type=utils.at_least(1), default=20, help="measured in a round: 20")
-    add("--rounds", type=utils.at_least(1), default=3, help="3")
+    add("--seconds", type=utils.at_least(0, float), default=10, help="a round of one way: 10, then fewer steps")
+    add("--rounds", type=utils.at_least(1), default=5, help="5")
     add("--threads", type=utils.at_least(1), default=1, help="of a rank on a CPU: 1")
     add("--no-cuda", action="store_true", help="use the CPU even if there are GPUs")
     add("--picture", default="benchmark.png", help="benchmark.png")
@@ -56,262 +69,255 @@ def parse_args(argv=None):
     args.cuda = torch.cuda.is_available() and not args.no_cuda
     if args.cuda and torch.cuda.device_count() < max(args.num_modules):
         parser.error(f"{max(args.num_modules)} modules need as many GPUs; this machine has {torch.cuda.device_count()}")
-    if args.batch_size % args.microbatches or any(args.batch_size % K for K in args.num_modules):
+    if any(args.batch_size % parts for parts in [*args.num_modules, *args.microbatches]):
         parser.error(f"--batch-size {args.batch_size} cannot be shared out to ranks or microbatches evenly")
+    if not any(map(functools.partial(is_wanted, args), ways.all_ways(args))):
+        parser.error(f"no way has any of {args.ways} in its name; they are: {', '.join(ways.all_ways(args))}")
+    try:
+        for num_modules in args.num_modules:
+            network = ways.make_network(args)
+            models.decouple(network, num_modules, ways.CLASSES, args.image_size)
+    except ValueError as error:
+        utils.fail(error)
     return args
 
 
-def make_network(args):
-    torch.manual_seed(0)
-    if args.arch != "cnn4":
-        return models.build_plain(args.arch, CLASSES, args.image_size)
-    layers, widths = [], [3, 64, 128, 128, 256]
-    for n, (channels, out) in enumerate(itertools.pairwise(widths)):
-        pool = [nn.MaxPool2d(2)] if n in (1, 2) else []
-        layers += [*pool, nn.Conv2d(channels, out, 3, padding=1), nn.BatchNorm2d(out), nn.ReLU(inplace=True)]
-    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * widths[-1], CLASSES))
+def is_wanted(args, way):
+    return not args.ways or any(text in way for text in args.ways)
 
 
-class Nothing:
-    """A meter that measures nothing."""
+class Bench:
+    """What is measured with one K over one kind of link. Every rank has one; its methods are called on all at once.
 
-    def update(self, *_):
-        pass
+    Args:
+        link: the rate of the links, or None: the machine itself.
 
+    Attributes:
+        trainers: {way: its function that trains, or None on a rank that takes no part}
+        memory: {way: bytes of each rank}
+        notes: lines to print below the table
+    """
 
-class Rank:
-    """What all ways of training share on a rank."""
+    def __init__(self, args, num_modules, rank, link):
+        self.args, self.link, self.here = args, link, ways.Rank(args, num_modules, rank)
+        self.trainers, self.memory, self.notes = {}, {}, []
+        for way, make in ways.all_ways(args).items():
+            if is_wanted(args, way) and (link is None or way.startswith(OVER_LINKS)):
+                self.add(way, make)
 
-    def __init__(self, args, num_modules, rank):
-        self.args, self.num_modules, self.rank = args, num_modules, rank
-        self.device = torch.device("cuda", rank) if args.cuda else torch.device("cpu")
-        generator = torch.Generator().manual_seed(0)
-        size = args.batch_size, 3, args.image_size, args.image_size
-        self.images = self.put(torch.randn(size, generator=generator))
-        self.labels = (torch.arange(args.batch_size) % CLASSES).to(self.device)
-        self.autocast = contextlib.nullcontext()
-        self.scaler = torch.amp.GradScaler(enabled=False)
+    def add(self, way, make):
+        """Build a way, with the best number of microbatches, and measure its memory."""
+        try:
+            train, _ = make(self.here)
+            if isinstance(train, ways.Pipeline):
+                make = functools.partial(make, microbatches=self.fastest(train))
+                way += f" ({make.keywords['microbatches']} microbatches)"
+            del train
+            self.trainers[way], peak = self.built(make)
+        except ValueError as error:  # this network has too few places for a cut
+            self.notes.append(f"{way}: left out, since {error}")
+        else:
+            self.memory[way] = self.gathered(peak)
 
-    def put(self, thing):
-        return thing.to(self.device, memory_format=torch.channels_last)
+    def fastest(self, pipeline):
+        """The number of microbatches with which a pipeline trains fastest, in a short round."""
+        found = {}
+        for microbatches in self.args.microbatches:
+            with contextlib.suppress(ValueError):  # a number that the schedule does not take
+                pipeline.use(microbatches)
+                pipeline(1)
+                found[microbatches] = self.images_per_second(pipeline, 2)
+        return self.from_rank_0(max(found, key=found.get))
 
-    def batches(self, steps, share=slice(None)):
-        return itertools.repeat((self.images[share], self.labels[share]), steps)
+    def run(self):
+        """{way: images/s of each round}, and of the module-parallel ones as predicted."""
+        steps = {way: self.steps(train) for way, train in self.trainers.items()}
+        parallel = {way: train for way, train in self.trainers.items() if hasattr(train, "pipeline")}
+        places = {balance: self.place(balance) for balance in {train.balance: 0 for train in parallel.values()}}
+        rates, computed = {way: [] for way in self.trainers}, {balance: [] for balance in places}
+        for _ in range(self.args.rounds):
+            for way, train in self.trainers.items():
+                rates[way].append(self.images_per_second(train, steps[way]))
+            for balance, place in places.items():
+                times = schedule.seconds(*place, self.here.labels, self.args.steps // 2 + 1, dist.barrier)[0]
+                computed[balance].append(self.gathered(times))
+        predicted = {}
+        for way, train in parallel.items():
+            transfer, overhead = self.transfers(way, train, *places[train.balance])
+            predicted[way] = [
+                self.args.batch_size / schedule.module_parallel(*zip(*times), transfer, overhead, steps[way])
+                for times in computed[train.balance]
+            ]
+        for balance, rounds in computed.items():
+            name = "DGL, heaviest module" + f", {balance}" * (len(computed) > 1)
+            rates[name] = [self.args.batch_size / max(map(sum, times)) for times in rounds]
+            modules = ", ".join(f"{1e3 * statistics.median(map(sum, module)):.1f}" for module in zip(*rounds))
+            self.notes.append(f"Modules balanced by {balance}: {modules} ms a batch, while all compute")
+        return rates, predicted
 
-    def sgd(self, module):
-        return training.sgd(module.parameters(), lr=0.01, momentum=0.9, weight_decay=1e-4)
+    def steps(self, train):
+        """Of a round: --steps, or as many as --seconds permit."""
+        possible = self.args.seconds * self.images_per_second(train, 2) / self.args.batch_size
+        return self.from_rank_0(max(1, min(self.args.steps, round(possible))))
 
-    def modules(self):
-        model = models.decouple(make_network(self.args), self.num_modules, CLASSES, self.args.image_size)
-        return [
-            self.put(imagenet_dgl.Module(*parts, n)) for n, parts in enumerate(zip(model.blocks, model.auxiliary_nets))
-        ]
+    def images_per_second(self, train, steps):
+        dist.barrier()
+        begin = schedule.clock(self.here.device)
+        if train:
+            train(steps)
+        schedule.clock(self.here.device)
+        dist.barrier()
+        return steps * self.args.batch_size / (schedule.clock(self.here.device) - begin)
 
-    def train_modules(self, modules, pipeline=None):
-        """A function that trains the modules for a number of steps."""
-        optimizers = [self.sgd(module) for module in modules]
-        extra = [self.scaler] * len(modules), self.autocast
-        meters = [Nothing()] * len(modules)
+    @torch.no_grad()
+    def place(self, balance):
+        """This rank's module as (block, auxiliary network), and its input."""
+        modules, x = [self.here.put(module) for module in self.here.modules(balance)], self.here.images
+        for module in modules[: self.here.rank]:
+            x = module.block(x)
+        return (modules[self.here.rank].block, modules[self.here.rank].auxiliary_net), x
 
-        def train(steps):
-            batches = pipeline.receive(steps) if pipeline and not pipeline.is_first else self.batches(steps)
-            imagenet_dgl.train_epoch(modules, optimizers, *extra, batches, meters, pipeline)
-            if pipeline:
-                pipeline.end_pass(steps)
-
-        return train
-
-    def train_network(self, network, share=slice(None)):
-        optimizer = self.sgd(network)
-
-        def train(steps):
-            batches = self.batches(steps, share)
-            imagenet.train_epoch(network, optimizer, self.scaler, self.autocast, batches, Nothing())
-
-        return train
-
-    # The ways: each returns a function that trains for a number of steps, or None on a rank that does not take part
-
-    def dgl_in_one_process(self):
-        return None if self.rank else self.train_modules(self.modules())
-
-    def backprop_in_one_process(self):
-        return None if self.rank else self.train_network(self.put(make_network(self.args)))
-
-    def dgl_module_parallel(self):
-        pipeline = ModuleParallel(self.num_modules, self.device, self.args.batch_size)
-        return self.train_modules([self.modules()[pipeline.n]], pipeline)
-
-    def backprop_ddp(self):
-        network = nn.parallel.DistributedDataParallel(self.put(make_network(self.args)))
-        return self.train_network(network, slice(self.rank, None, self.num_modules))
-
-    def backprop_gpipe(self):
-        return self.pipelined(ScheduleGPipe)
-
-    def backprop_1f1b(self):
-        return self.pipelined(Schedule1F1B)
-
-    def pipelined(self, kind):
-        """torch.distributed.pipelining; its stages exchange contiguous tensors, and compute in channels_last inside."""
-        block, is_last = self.modules()[self.rank], self.rank == self.num_modules - 1
-        layers = [block.block, block.auxiliary_net] if is_last else [block.block]
-        network = self.put(Stage(layers))
-        stage = PipelineStage(network, self.rank, self.num_modules, self.device)
-        runner = kind(stage, self.args.microbatches, loss_fn=F.cross_entropy)
-        optimizer = self.sgd(network)
-
-        def train(steps):
-            network.train()
-            for _ in range(steps):
-                optimizer.zero_grad()
-                if self.rank == 0:
-                    runner.step(self.images.contiguous())
-                elif is_last:
-                    runner.step(target=self.labels)
-                else:
-                    runner.step()
-                optimizer.step()
-
-        return train
-
-    # Measurements
+    def transfers(self, way, train, parts, x):
+        """Seconds that each module's output travels (K - 1,), and in which each rank cannot compute for it (K,)."""
+        with torch.no_grad():
+            representation = parts[0](x)
+        sizes = self.gathered(schedule.message_bytes(representation, self.here.labels, train.precision))[:-1]
+        speed = self.bytes_per_second(max(sizes))
+        transfer = [size / speed for size in sizes]
+        overhead = self.gathered(self.overhead(train.pipeline, representation))
+        self.notes.append(
+            f"{way}: link of {8 * speed / 1e9:.3g} Gbit/s, {', '.join(f'{size / 2**20:.2f}' for size in sizes)} MiB "
+            f"a batch take {', '.join(f'{1e3 * t:.1f}' for t in transfer)} ms, and keep the ranks busy for "
+            f"{', '.join(f'{1e3 * t:.1f}' for t in overhead)} ms"
+        )
+        return transfer, overhead
 
     def bytes_per_second(self, size):
         """Of a message of `size` bytes from rank 0 to rank 1."""
-        message, seconds = torch.zeros(size, dtype=torch.uint8, device=self.device), []
-        for _ in range(WARM_UP + 5):
+        message, seconds = torch.zeros(size, dtype=torch.uint8, device=self.here.device), []
+        for _ in range(7):
             dist.barrier()
-            begin = self.clock()
-            if self.rank < 2:
-                (dist.recv if self.rank else dist.send)(message, 1 - self.rank)
-            seconds.append(self.clock() - begin)
-        return size / statistics.median(seconds[WARM_UP:])
+            begin = schedule.clock(self.here.device)
+            if self.here.rank < 2:
+                (dist.recv if self.here.rank else dist.send)(message, 1 - self.here.rank)
+            dist.barrier()  # a sender is done when the system has taken the message
+            seconds.append(schedule.clock(self.here.device) - begin)
+        return size / statistics.median(seconds[2:])
 
-    def clock(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
+    def overhead(self, pipeline, representation, steps=5):
+        """CPU seconds of this rank for what it receives and sends of a batch; on a GPU, others do it."""
+        begin = time.process_time()
+        for _, labels in self.here.batches(steps) if pipeline.is_first else pipeline.receive(steps):
+            pipeline.send(representation, labels)
+        pipeline.end_pass(steps)
+        return 0.0 if self.args.cuda else (time.process_time() - begin) / steps
 
-    def images_per_second(self, train):
-        dist.barrier()
-        begin = self.clock()
-        if train:
-            train(self.args.steps)
-        self.clock()
-        dist.barrier()
-        return self.args.steps * self.args.batch_size / (self.clock() - begin)
+    def built(self, make):
+        """A way's function that trains, and the most bytes that it has allocated at a time, network and all."""
+        gc.collect()
+        with contextlib.ExitStack() as stack:
+            if self.args.cuda:
+                before = torch.cuda.memory_allocated()
+            else:
+                cpu = [torch.profiler.ProfilerActivity.CPU]
+                profiler = stack.enter_context(torch.profiler.profile(activities=cpu, profile_memory=True))
+            train, _ = make(self.here)
+            if not train:
+                return None, 0
+            train(1)  # so that there are gradients and momentum
+            gc.collect()
+            if self.args.cuda:
+                torch.cuda.reset_peak_memory_stats()
+            with torch.profiler.record_function("measured"):
+                train(2)
+        if self.args.cuda:
+            return train, torch.cuda.max_memory_allocated() - before
+        events = profiler.profiler.kineto_results.events()
+        begin = next(e.start_ns() for e in events if e.name() == "measured")
+        changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")  # negative: freed
+        totals = itertools.accumulate(nbytes for _, nbytes in changes)
+        return train, max(total for (when, _), total in zip(changes, totals) if when > begin)
 
-    def peak_memory(self, train):
-        """The most bytes that training has allocated at a time, beyond network and optimizer."""
-        if not train:
-            return 0
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            train(WARM_UP)
-            return torch.cuda.max_memory_allocated() - before
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-            train(WARM_UP)
-        events = (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
-        sizes = (size for _, size in sorted((e.start_ns(), e.nbytes()) for e in events))  # negative: freed
-        return max(itertools.accumulate(sizes), default=0)
+    def gathered(self, thing):
+        things = [None] * self.here.num_modules
+        dist.all_gather_object(things, thing)
+        return things
 
-
-WAYS = {
-    "DGL, one process": Rank.dgl_in_one_process,
-    "DGL, module-parallel": Rank.dgl_module_parallel,
-    "backprop, one process": Rank.backprop_in_one_process,
-    "backprop, DDP": Rank.backprop_ddp,
-    "backprop, GPipe": Rank.backprop_gpipe,
-    "backprop, 1F1B": Rank.backprop_1f1b,
-}
-
-
-class Stage(nn.Sequential):
-    """Layers between contiguous tensors and gradients, as torch.distributed.pipelining sends them."""
-
-    def __init__(self, layers):
-        super().__init__(*layers)
-
-    def forward(self, x):
-        if x.requires_grad:
-            x.register_hook(torch.Tensor.contiguous)
-        return super().forward(x.contiguous(memory_format=torch.channels_last)).contiguous()
+    def from_rank_0(self, thing):
+        return self.gathered(thing)[0]
 
 
-def work(rank, args, num_modules, store, results):
-    """A rank of one K: all ways in turn. Rank 0 puts the figures into `results`."""
+def work(rank, args, num_modules, link, folder, results):
+    """A rank of one K and one link. Rank 0 puts what was found into `results`."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # also while waiting for another rank
     utils.setup(args)
     if args.cuda:
         torch.cuda.set_device(rank)
+    store = dist.FileStore(f"{folder}/store", num_modules)
+    if link:
+        links.join(store, rank, num_modules, link)
     backend = "cpu:gloo,cuda:nccl" if args.cuda else "gloo"
-    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=num_modules)
-    here = Rank(args, num_modules, rank)
-    trainers = {way: make(here) for way, make in WAYS.items()}
-    for train in filter(None, trainers.values()):
-        train(WARM_UP)
-    rates, measured = {way: [] for way in WAYS}, []
-    for _ in range(args.rounds):
-        for way, train in trainers.items():
-            rates[way].append(here.images_per_second(train))
-        if rank == 0:  # alone on the machine, but close in time
-            pairs = [(module.block, module.auxiliary_net) for module in here.modules()]
-            measured.append(schedule.measure(pairs, here.images, here.labels, args.steps))
-    size = [max(measured[0]["bytes"]) if rank == 0 else None]
-    dist.broadcast_object_list(size)
-    link = here.bytes_per_second(size[0])
-    memory = {}
-    for way, train in trainers.items():
-        memory[way] = [None] * num_modules
-        dist.all_gather_object(memory[way], here.peak_memory(train))
+    dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=num_modules)
+    bench = Bench(args, num_modules, rank, link)
+    found = bench.run()
     dist.destroy_process_group()
     if rank == 0:
-        busy = 0.0 if args.cuda else 1.0  # a CPU's transfers run on the cores that compute
-        computed = [schedule.rates(m, link, busy, args.microbatches) for m in measured]
-        modules = [[sum(times) for times in zip(*m["DGL"])] for m in measured]
-        results.put((rates, memory, computed, modules, size[0] / link, link))
+        results.put((*found, bench.memory, bench.notes))
+
+
+def in_ranks(args, num_modules, link):
+    """Start the ranks, and return what rank 0 found."""
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = mp.spawn(work, (args, num_modules, link, folder, results), num_modules, join=False)
+        try:
+            while not ranks.join():
+                pass
+        finally:
+            for process in ranks.processes:
+                process.kill()
+    return results.get()
 
 
 def main(argv=None):
     args = parse_args(argv)
+    utils.on_interrupt("Interrupted.")
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is not to tell of its starts
+    if args.link and (reason := links.why_not()):
+        print(f"--link: skipped, since this machine does not permit it ({reason})")
+        args.link = []
     print(
         f"{args.arch}, {args.batch_size} images of {args.image_size} pixels, {args.threads} threads a rank, "
         f"{'CUDA' if args.cuda else 'CPU'}, torch {torch.__version__}"
     )
-    print("| K | | images/s | lowest to highest | against DGL in one process | peak MiB by rank |")
-    print("|---|---|---|---|---|---|")
+    print("| K | link | | images/s | lowest to highest | against DGL in one process | predicted | peak MiB by rank |")
+    print(f"|{8 * '---|'}")
     table = {}
     for num_modules in args.num_modules:
-        context = mp.get_context("spawn")
-        results = context.SimpleQueue()
-        with tempfile.TemporaryDirectory() as folder:
-            ranks = mp.spawn(work, (args, num_modules, f"{folder}/store", results), num_modules, join=False)
-            while not ranks.join():
-                pass
-        rates, memory, computed, modules, transfer, link = results.get()
-        for way in ("DGL, heaviest module", "DGL, module-parallel"):
-            name = "DGL, module-parallel, predicted" if "parallel" in way else way
-            rates[name] = [args.batch_size * found[way] for found in computed]
-        base = statistics.median(rates["DGL, one process"])
-        for way, values in rates.items():
-            table[num_modules, way] = rate = statistics.median(values)
-            spread = f"{min(values):.0f} to {max(values):.0f}"
-            peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in memory.get(way, []) if peak)
-            print(f"| {num_modules} | {way} | {rate:.0f} | {spread} | {rate / base:.2f} | {peaks} |", flush=True)
-        times = ", ".join(f"{1e3 * statistics.median(seconds):.1f}" for seconds in zip(*modules))
-        print(f"\nModules, alone on the machine: {times} ms a batch")
-        print(f"Link: {link / 1e9:.2f} GB/s; the largest representation takes {1e3 * transfer:.1f} ms\n")
+        base, all_notes = None, []
+        for link in [None, *args.link]:
+            rates, predicted, memory, notes = in_ranks(args, num_modules, link)
+            base = base or statistics.median(rates.get("DGL, one process", [float("nan")]))
+            table[num_modules, link] = {way: statistics.median(values) for way, values in rates.items()}
+            for way, rate in table[num_modules, link].items():
+                spread = f"{min(rates[way]):.3g} to {max(rates[way]):.3g}"
+                computed = statistics.median(predicted.get(way, [0]))
+                computed = f"{computed:.3g} ({100 * (computed / rate - 1):+.1f} %)" if computed else ""
+                peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in memory.get(way, []) if peak)
+                row = num_modules, link or "", way, f"{rate:.3g}", spread, f"{rate / base:.2f}", computed, peaks
+                print(f"| {' | '.join(map(str, row))} |", flush=True)
+            all_notes += [f"{link}: {note}" if link else note for note in notes]
+        print("", *all_notes, "", sep="\n")
     draw(args, table)
 
 
 def draw(args, table):
-    ways = list(dict.fromkeys(way for _, way in table))
-    figure, panels = plt.subplots(1, len(args.num_modules), figsize=(6 * len(args.num_modules), 4), squeeze=False)
-    for panel, K in zip(panels[0], args.num_modules):
-        panel.barh(ways, [table[K, way] for way in ways])
+    figure, panels = plt.subplots(1, len(table), figsize=(6 * len(table), 4), squeeze=False)
+    for panel, ((K, link), rates) in zip(panels[0], table.items()):
+        panel.barh([*rates], [*rates.values()])
         panel.invert_yaxis()
-        panel.set(title=f"{args.arch}, K = {K}", xlabel="images/s")
+        panel.set(title=f"{args.arch}, K = {K}" + (f", {link} links" if link else ""), xlabel="images/s")
     figure.tight_layout()
     figure.savefig(args.picture, dpi=100)
     print(f"picture: {args.picture}")

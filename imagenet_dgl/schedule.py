@@ -21,36 +21,37 @@ import torch.nn.functional as F
 
 import models
 import training
-from module_parallel import SLOTS
+from module_parallel import PRECISIONS, SLOTS, encode
 
-BATCHES = 200  # computed, so that filling the pipeline does not count
+BATCHES = 200  # computed for the long run
+WARM_UP = 2  # steps that are not measured
 
 
-def module_parallel(forward, backward, transfer, busy=0.0, batches=BATCHES):
-    """Seconds a batch of module-parallel DGL in the long run.
+def module_parallel(forward, backward, transfer, overhead=None, batches=None):
+    """Seconds a batch of module-parallel DGL: in the long run, or of `batches` until all have been trained on.
 
     Args:
         forward, backward: seconds of each of the K modules, (K,) each; the step belongs to backward.
         transfer: seconds that the output of each module but the last one travels, (K - 1,).
-        busy: the fraction of a transfer in which sender and receiver cannot compute: 1 if the transfer needs a core.
+        overhead: seconds in which each module cannot compute because of the transfers, (K,); none by default.
     """
+    if batches is None:  # without the time in which the pipeline fills
+        half, whole = (n * module_parallel(forward, backward, transfer, overhead, n) for n in (BATCHES // 2, BATCHES))
+        return (whole - half) / (BATCHES - BATCHES // 2)
     last = len(forward) - 1
     arrived = [[0.0] * (last + 1) for _ in range(SLOTS)]  # of the latest SLOTS batches, at each module
     done = [[0.0] * (last + 1) for _ in range(SLOTS)]
-    for t in range(batches):
+    for _ in range(batches):
         now_arrived, now_done = [0.0] * (last + 1), [0.0] * (last + 1)
         for k in range(last + 1):
-            overhead = busy * ((transfer[k - 1] if k else 0) + (transfer[k] if k < last else 0))
             end = max(done[-1][k], now_arrived[k]) + forward[k]
             if k < last:
                 end = max(end, arrived[0][k + 1])  # SLOTS batches at most are being sent
                 # The receiver has a free slot once it is done with an older batch; the link takes one at a time
                 now_arrived[k + 1] = max(end, done[0][k + 1], arrived[-1][k + 1]) + transfer[k]
-            now_done[k] = end + backward[k] + overhead
+            now_done[k] = end + backward[k] + (overhead[k] if overhead else 0)
         arrived, done = [*arrived[1:], now_arrived], [*done[1:], now_done]
-        if t == batches // 2:
-            middle = now_done[last]
-    return (now_done[last] - middle) / (batches - 1 - batches // 2)
+    return now_done[last] / batches
 
 
 def pipeline(order, forward, backward, transfer, microbatches):
@@ -95,62 +96,79 @@ def one_f_one_b(stage, stages, microbatches):
     return work
 
 
-def measure(modules, images, labels, steps):
+def seconds(parts, x, labels, steps, before=lambda: None):
+    """Of a module's forward pass, and of its backward pass and step: medians over `steps`.
+
+    Args:
+        parts: (block, auxiliary network), or (block,) in a backprop pipeline, which gets a gradient for its output.
+        x: (B, ...), which gets a gradient if it requires one.
+        before: called before each step.
+
+    Returns:
+        (forward, backward), output of the block
+    """
+    optimizer, spent = training.sgd([p for part in parts for p in part.parameters()], 0.01, 0.9, 1e-4), []
+    for _ in range(WARM_UP + steps):
+        before()
+        begin = clock(x.device)
+        representation = parts[0](x)
+        if len(parts) == 2:
+            root, gradient = F.cross_entropy(parts[1](representation), labels), None
+        else:
+            root, gradient = representation, representation.detach()
+        middle = clock(x.device)
+        optimizer.zero_grad()
+        root.backward(gradient)
+        optimizer.step()
+        spent.append((middle - begin, clock(x.device) - middle))
+    return [statistics.median(column) for column in zip(*spent[WARM_UP:])], representation.detach()
+
+
+def clock(device):
+    """Seconds, once the device has done everything."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def message_bytes(x, labels, precision):
+    """Of what one module sends another one for a batch."""
+    return sum(tensor.nbytes for tensor in [*encode(x, precision), labels])
+
+
+def measure(modules, images, labels, steps, precision="fp32"):
     """Seconds and bytes a batch of every module: its block alone in a backprop pipeline, and with auxiliary network.
 
     Args:
         modules: K pairs (block, auxiliary network); they are trained.
         images, labels: (B, 3, s, s) and (B,), on the modules' device.
+        precision: of what DGL's modules send.
 
     Returns:
-        {"DGL": (forward, backward), "backprop": (forward, backward), "bytes": of all outputs but the last}
+        {"DGL": (forward, backward), "backprop": (forward, backward), and the bytes of all outputs but the last:
+        "sent" by DGL, and as "outputs" in float32}
     """
-
-    def clock():
-        if images.device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    seconds, sizes, x = {"DGL": [], "backprop": []}, [], images
-    for n, (block, net) in enumerate(modules):
-        for way, columns in seconds.items():
-            parts = [block, net] if way == "DGL" or n == len(modules) - 1 else [block]
-            optimizer = training.sgd([p for part in parts for p in part.parameters()], 0.01, 0.9, 1e-4)
-            spent = []
-            for step in range(steps + 2):
-                given = x.detach().requires_grad_(way == "backprop" and n > 0)
-                begin = clock()
-                representation = block(given)
-                if len(parts) == 2:
-                    root, gradient = F.cross_entropy(net(representation), labels), None
-                else:
-                    root, gradient = representation, representation.detach()
-                middle = clock()
-                optimizer.zero_grad()
-                root.backward(gradient)
-                optimizer.step()
-                if step > 1:  # the first ones are slower
-                    spent.append((middle - begin, clock() - middle))
-            columns.append([statistics.median(column) for column in zip(*spent)])
-        x = representation.detach()
-        sizes.append(x.nbytes + labels.nbytes)
-    return {
-        **{way: [list(column) for column in zip(*columns)] for way, columns in seconds.items()},
-        "bytes": sizes[:-1],
-    }
+    found, x = {"DGL": [], "backprop": [], "sent": [], "outputs": []}, images
+    for n, parts in enumerate(modules):
+        is_last = n == len(modules) - 1
+        stage = x.detach().requires_grad_(n > 0)
+        found["backprop"].append(seconds(parts if is_last else parts[:1], stage, labels, steps)[0])
+        times, x = seconds(parts, x, labels, steps)
+        found["DGL"].append(times)
+        if not is_last:
+            found["sent"].append(message_bytes(x, labels, precision))
+            found["outputs"].append(x.nbytes)
+    return found | {way: [list(column) for column in zip(*found[way])] for way in ("DGL", "backprop")}
 
 
-def rates(measured, bytes_per_second, busy, microbatches):
+def rates(measured, bytes_per_second, microbatches):
     """Batches a second in each way, from what `measure` returned."""
-    transfer = [size / bytes_per_second for size in measured["bytes"]]
+    sent, outputs = ([size / bytes_per_second for size in measured[what]] for what in ("sent", "outputs"))
     forward, backward = measured["DGL"]
-    one_process = sum(forward) + sum(backward)
-    stages = [*measured["backprop"], transfer, microbatches]
+    stages = [*measured["backprop"], outputs, microbatches]
     return {
-        "DGL, one process": 1 / one_process,
         "DGL, heaviest module": 1 / max(f + b for f, b in zip(forward, backward)),
-        "DGL, module-parallel": 1 / module_parallel(forward, backward, transfer, busy),
-        "backprop, one process": 1 / sum(map(sum, measured["backprop"])),
+        "DGL, module-parallel": 1 / module_parallel(forward, backward, sent),
         "backprop, GPipe": 1 / pipeline(gpipe, *stages),
         "backprop, 1F1B": 1 / pipeline(one_f_one_b, *stages),
     }
@@ -165,6 +183,7 @@ def parse_args(argv=None):
     add("-b", "--batch-size", type=utils.at_least(2), default=32, help="images in a batch: 32")
     add("--image-size", type=utils.at_least(16), default=64, metavar="PIXELS", help="64")
     add("--links", type=float, nargs="+", default=[1, 10, 100], metavar="GBIT", help="Gbit/s of a link: 1 10 100")
+    add("--send-precision", choices=PRECISIONS, default="fp32", help="of what DGL's modules send: fp32")
     add("--microbatches", type=utils.at_least(1), default=8, help="of GPipe and 1F1B: 8")
     add("--steps", type=utils.at_least(1), default=5, help="measured of each module: 5")
     add("--threads", type=utils.at_least(1), default=1, help="on a CPU: 1")
@@ -191,11 +210,11 @@ def main(argv=None):
         except ValueError as error:
             utils.fail(error)
         model.to(device, memory_format=torch.channels_last)
-        measured = measure([*zip(model.blocks, model.auxiliary_nets)], images, labels, args.steps)
+        measured = measure([*zip(model.blocks, model.auxiliary_nets)], images, labels, args.steps, args.send_precision)
         for link in args.links:
-            found = rates(measured, link * 1e9 / 8, 0.0, args.microbatches)
+            found = rates(measured, link * 1e9 / 8, args.microbatches)
             heaviest = 1e3 / found["DGL, heaviest module"]
-            transfer = 1e3 * max(measured["bytes"], default=0) / (link * 1e9 / 8)
+            transfer = 1e3 * max(measured["sent"], default=0) / (link * 1e9 / 8)
             table[K, link] = {way: args.batch_size * rate for way, rate in found.items()}
             bound = "link" if transfer > heaviest else "module"
             figures = " | ".join(f"{table[K, link][way]:.1f}" for way in ways)

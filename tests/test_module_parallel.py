@@ -8,13 +8,12 @@ import time
 import conftest
 import pytest
 import torch
-from conftest import ROOT, assert_same, checkpoint_of, load, python, run
+from conftest import ROOT, assert_same, checkpoint_of, load, run
 from forked_ranks import fork_ranks, run_ranks
 from PIL import Image
 
 load("imagenet_dgl", "imagenet_dgl")
 data, ranks, training, module_parallel = (sys.modules[n] for n in ("data", "ranks", "training", "module_parallel"))
-schedule = load("imagenet_dgl", "schedule")
 
 SCRIPT = "imagenet_dgl/imagenet_dgl.py"
 # Four whole batches and one of three images; a network with dropout
@@ -357,45 +356,6 @@ def test_bytes_on_the_wire(precision, of_the_image, monkeypatch):
             assert sum(sizes) == (3 * (2 * of_the_image + 2 * 8 + 8) if pipeline.is_first else 0)
 
     in_pipeline(2, work, send_precision=precision)
-
-
-# The computed schedule, and the benchmark
-
-
-@pytest.mark.parametrize(
-    ("forward", "backward", "transfer", "busy", "expected"),
-    [
-        ([1, 1, 1], [2, 2, 2], [0, 0], 0, 3),
-        ([1, 2, 1], [2, 5, 2], [1, 1], 0, 7),  # the heaviest module bounds it
-        ([1, 1, 1], [2, 2, 2], [1, 8], 0, 8),  # the link does
-        ([1, 1, 1], [2, 2, 2], [1, 1], 1, 5),  # the middle module's core both receives and sends
-        ([4], [5], [], 0, 9),
-    ],
-)
-def test_schedule_of_module_parallel_dgl(forward, backward, transfer, busy, expected):
-    assert schedule.module_parallel(forward, backward, transfer, busy) == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("order", [schedule.gpipe, schedule.one_f_one_b])
-def test_schedules_of_backprop(order):
-    """Equal stages without transfer: (m + K - 1) / m of a stage's time; one stage: no bubble."""
-    assert schedule.pipeline(order, [1] * 4, [2] * 4, [0] * 3, 8) == pytest.approx(3 * (8 + 4 - 1) / 8)
-    assert schedule.pipeline(order, [1], [2], [], 8) == pytest.approx(3)
-    # By hand: of two microbatches stage 1 has the last output at 1.5 and the last gradient at 4, stage 0 that at 4.5
-    assert schedule.pipeline(order, [1, 1], [2, 2], [1], 2) == pytest.approx(5.5)
-
-
-@pytest.mark.slow
-def test_benchmark(tmp_path):
-    flags = ["-b", 16, "--steps", 1, "--rounds", 1, "--microbatches", 2]
-    done = python(ROOT / "imagenet_dgl/benchmark.py", *flags, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for way in [
-        *["DGL, one process", "DGL, module-parallel", "backprop, one process", "backprop, DDP", "backprop, GPipe"],
-        *["backprop, 1F1B", "DGL, heaviest module", "DGL, module-parallel, predicted"],
-    ]:
-        assert re.search(rf"^\| 2 \| {way} \| \d+ \| \d+ to \d+ \| \d+\.\d\d \|", done.stdout, re.MULTILINE)
-    assert (tmp_path / "benchmark.png").stat().st_size > 5000
 
 
 # Faults
