@@ -49,7 +49,12 @@ def parse_args(argv=None):
         help="vgg11 to vgg19: convolutions per module (default: 1)",
     )
     add("--num-modules", "--num_modules", type=utils.at_least(1), help="other networks: K (default: 2)")
-    add("--balance", choices=["flops", "memory"], default="flops", help="what cuts other networks into equal parts")
+    add(
+        "--balance",
+        choices=["flops", "memory", "time"],
+        default="flops",
+        help="what cuts other networks into equal parts; time: measured here, when a new run begins",
+    )
     add("--nlin", type=utils.at_least(0), default=3, help="1x1 convolutions in an auxiliary network")
     add("--mlp", type=utils.at_least(0), default=3, help="hidden layers in an auxiliary network")
     add(
@@ -62,6 +67,7 @@ def parse_args(argv=None):
     add("--module-parallel", action="store_true", help="with torchrun: each rank trains one module")
     add("--send-precision", choices=PRECISIONS, default="fp32", help="of what a module hands on to the next one")
     add("--profile", action="store_true", help="with --module-parallel: print what each rank's time is spent on")
+    parser.set_defaults(cuts=None)  # where --balance time has cut: in the log and the checkpoint, as if it were a flag
     args = training.check_flags(parser, parser.parse_args(argv))
     if args.arch in models.VGGS:
         args.block_size = args.block_size or 1
@@ -69,6 +75,8 @@ def parse_args(argv=None):
         args.num_modules = args.num_modules or 2
     if args.profile and not args.module_parallel:
         parser.error("--profile is for --module-parallel")
+    if args.flops and args.balance == "time":
+        parser.error("--flops counts without computing, which --balance time cannot")
     return args
 
 
@@ -89,12 +97,30 @@ def make_pipeline(args, device):
     return ModuleParallel(num_modules, device, batch_size, args.profile, args.send_precision)
 
 
-def make_model(args, num_classes):
+def make_model(args, num_classes, device=None, pipeline=None):
+    """The network. With --balance time, it is cut as in the checkpoint or, in a new run, as rank 0 finds best."""
+    measures, timer = args.balance == "time" and not args.resume, None
+    if measures:
+        timer = models.Timer(device, args.batch_size // ranks.share(pipeline)[1], utils.autocast(args, device))
+        args.cuts = of_rank_0(None) if ranks.RANK else None
+    elif args.balance == "time":
+        args.cuts = runs.saved_cuts(args)
     cut, nets = (args.block_size, args.num_modules, args.balance), (args.nlin, args.mlp, args.aux_size)
     try:
-        return models.build_dgl(args.arch, num_classes, data.image_size(args), *cut, *nets)
+        model = models.build_dgl(args.arch, num_classes, data.image_size(args), *cut, *nets, args.cuts, timer)
     except ValueError as error:
         utils.fail(error)
+    if measures and ranks.RANK == 0:
+        args.cuts = of_rank_0(model.cuts)
+    return model
+
+
+def of_rank_0(thing):
+    """Rank 0's `thing`, on all ranks."""
+    things = [thing]
+    if ranks.COUNT > 1:
+        torch.distributed.broadcast_object_list(things, device=torch.device("cpu"))
+    return things[0]
 
 
 class Module(nn.Module):
@@ -188,7 +214,7 @@ def main(argv=None):
     device = ranks.setup(args)
     pipeline = make_pipeline(args, device)
     images = data.load_data(args, device, pipeline)
-    model = make_model(args, images.num_classes)
+    model = make_model(args, images.num_classes, device, pipeline)
     modules = make_modules(model, args, device, pipeline)
     autocast = utils.autocast(args, device)
     if args.evaluate:

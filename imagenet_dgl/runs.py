@@ -58,9 +58,7 @@ def load_network(model, args, images):
     state = utils.load_checkpoint(args.resume, args.script)
     Classes(images.classes, args.data).load_state_dict(state["parts"]["classes"])
     saved, flags = state["parts"]["model"], state["arguments"]
-    for flag in ("arch", "aux_size", "balance", "block_size", "mlp", "nlin", "num_modules", "send_precision"):
-        if flags.get(flag) != (now := getattr(args, flag, None)):
-            utils.fail(f"{args.resume} was made with {flag} {flags.get(flag)!r}, not {now!r}")
+    compare_network(args, flags)
     if shapes(saved) != shapes(model.state_dict()):
         was, now = (image_size(argparse.Namespace(**given)) for given in (flags, vars(args)))
         utils.fail(
@@ -71,6 +69,20 @@ def load_network(model, args, images):
         )
     with quiet_meta():
         model.load_state_dict(saved)
+
+
+def compare_network(args, flags):
+    """End the program unless the flags of the checkpoint --resume are of the same network."""
+    for flag in ("arch", "aux_size", "balance", "block_size", "mlp", "nlin", "num_modules", "send_precision"):
+        if flags.get(flag) != (now := getattr(args, flag, None)):
+            utils.fail(f"{args.resume} was made with {flag} {flags.get(flag)!r}, not {now!r}")
+
+
+def saved_cuts(args):
+    """Where --balance time had cut the network of the checkpoint --resume: measured again, it might be elsewhere."""
+    flags = utils.load_checkpoint(args.resume, args.script)["arguments"]
+    compare_network(args, flags)
+    return flags["cuts"]
 
 
 def shapes(state):

@@ -5,6 +5,7 @@ import copy
 import itertools
 import re
 import sys
+import time
 
 import pytest
 import torch
@@ -16,7 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.regnet import BlockParams
 
 models = load("imagenet_dgl", "models")
-auxiliary, decoupling, costing = (sys.modules[f"models.{name}"] for name in ("auxiliary", "decouple", "costs"))
+auxiliary, decoupling, costing, timing = (
+    sys.modules[f"models.{name}"] for name in ("auxiliary", "decouple", "costs", "timing")
+)
 
 
 @contextlib.contextmanager
@@ -400,6 +403,109 @@ def test_the_heaviest_module_is_as_light_as_possible(num_modules, balance):
     assert heaviest(models.decouple(plain, num_modules, 5, 16, balance)) == min(all_ways)
 
 
+# Balanced by time
+
+
+class Cost(nn.Conv2d):
+    """A convolution said to take `forward` seconds, and `backward` seconds more if its input needs a gradient."""
+
+    def __init__(self, forward, backward=0):
+        super().__init__(3, 3, 1)
+        self.seconds = forward, backward
+
+
+def fake_timer(seen, net=1):
+    """A Timer whose times are those of the `Cost`s in a part, or `net` for an auxiliary network."""
+
+    def timer(part, x, needs_gradient):
+        costs = [m.seconds for m in part.modules() if isinstance(m, Cost)]
+        torch.rand(1)  # as dropout
+        seen.append((len(costs), needs_gradient))
+        first = 0 if needs_gradient else costs[0][1] if costs else 0
+        return sum(map(sum, costs)) - first if costs else net, part(x)
+
+    timer.device, timer.images = torch.device("cpu"), lambda size, dtype: torch.zeros(2, 3, size, size, dtype=dtype)
+    return timer
+
+
+def timed_network(costs):
+    layers = [layer for cost in costs for layer in (Cost(*cost), nn.BatchNorm2d(3), nn.ReLU())]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 5))
+
+
+@pytest.mark.parametrize(
+    ("costs", "num_modules", "net", "sizes"),
+    [
+        ([(50, 0), (10, 0), (10, 0), (10, 0), (11, 0), (10, 0)], 2, 1, [1, 5]),  # FLOPs would make it 3 and 3
+        ([(10, 0)] * 8, 4, 0.1, [2, 2, 2, 2]),
+        ([(10, 0), (1, 9), (1, 9), (1, 9)], 2, 0, [2, 2]),  # the backward pass of a module's first layer is cheaper
+        ([(10, 20), (1, 20), (1, 2), (1, 19), (1, 19)], 2, 0, [3, 2]),
+        ([(10, 0)] * 4, 2, 21, [1, 3]),  # the auxiliary network counts
+    ],
+)
+def test_balanced_by_time(costs, num_modules, net, sizes):
+    """Modules within 5 % of each other where there is a place for it; every segment is timed twice at most."""
+    torch.manual_seed(0)
+    network, seen = timed_network(costs), []
+    torch.manual_seed(1)
+    expected = models.decouple(network, num_modules, 5, 8)
+    torch.manual_seed(1)
+    model = models.decouple(network, num_modules, 5, 8, "time", timer=fake_timer(seen, net))
+    assert [count(block, Cost) for block in model.blocks] == sizes
+    segments = [needs_gradient for costs, needs_gradient in seen if costs]
+    assert len(segments) == 2 * len(costs) - 1 and sum(segments) == len(costs) - 1
+    assert len(seen) == len(segments) + 1  # all auxiliary networks are for one shape
+    # Timing draws no random numbers of the run
+    weights = [nets.auxiliary_nets[0].state_dict().values() for nets in (model, expected)]
+    assert all(torch.equal(a, b) for a, b in zip(*weights))
+    again = models.decouple(network, num_modules, 5, 8, "time", cuts=model.cuts, timer=None)
+    assert again.cuts == model.cuts and len(model.cuts) == num_modules - 1
+    assert [count(block, Cost) for block in again.blocks] == sizes
+
+
+def test_an_auxiliary_network_out_of_proportion_is_not_even_timed():
+    """Of a flattened image: 3 x 3072^2 parameters."""
+    network = nn.Sequential(
+        nn.Conv2d(3, 48, 3, padding=1), nn.ReLU(), nn.MaxPool2d(4), nn.Flatten(), nn.Linear(3072, 5)
+    )
+    network = nn.Sequential(nn.Conv2d(3, 3, 3, padding=1), nn.ReLU(), *network)
+    seen, timer = [], fake_timer([])
+    timer_of = lambda part, *args: (seen.append(part), timer(part, *args))[1]  # noqa: E731
+    timer_of.device, timer_of.images = timer.device, timer.images
+    models.decouple(network, 2, 5, 32, "time", timer=timer_of)
+    assert max(p.numel() for part in seen for p in part.parameters()) < 3072**2
+
+
+def test_timer(monkeypatch):
+    """The fastest of a few forward and backward passes and steps, of a copy; the clock is one second a look."""
+    ticks = itertools.accumulate([0, 9, 1, 5, 1, 3, 1, 4])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(ticks))
+    part, x = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True)), torch.randn(2, 3, 8, 8)
+    before = copy.deepcopy(part.state_dict())
+    seconds, y = models.Timer("cpu")(part, x, True)
+    assert seconds == 3
+    assert y.shape == (2, 4, 6, 6) and not y.requires_grad and x.grad is None
+    assert all(torch.equal(before[name], value) for name, value in part.state_dict().items())
+    assert all(p.grad is None for p in part.parameters())
+    images = models.Timer("cpu", 3).images(8, torch.float64)
+    assert images.shape == (3, 3, 8, 8) and images.is_contiguous(memory_format=torch.channels_last)
+
+
+class Slow(nn.Conv2d):
+    def forward(self, x):
+        time.sleep(0.02)
+        return super().forward(x)
+
+
+def test_balanced_by_real_time():
+    """As the default Timer measures: the first convolution has the fewest FLOPs, and takes the longest."""
+    layers = [Slow(3, 4, 1), *[nn.Conv2d(channels, 8, 3, padding=1) for channels in (4, 8, 8)]]
+    layers = [part for layer in layers for part in (layer, nn.ReLU())]
+    network = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Dropout(), nn.Linear(8, 5))
+    cuts = [models.decouple(network, 2, 5, 16, balance, nlin=0, mlp=0).cuts for balance in ("flops", "time")]
+    assert cuts == [["_5"], ["_1"]]
+
+
 class Awkward(nn.Module):
     """Weights that are used twice, a change in place, a branch on a size, and a size that is needed at the end."""
 
@@ -565,8 +671,11 @@ def test_memory_of_resnet_152_against_backprop():
             "alexnet: AlexNet fails on 32-pixel images; larger ones may be needed: ",
         ),
         ({"arch": "vgg13", "image_size": 16}, "vgg13 needs images of 32 pixels or more, not 16"),
-        ({"arch": "alexnet", "balance": "params"}, "alexnet: balance is 'flops' or 'memory', not 'params'"),
-        ({"arch": "resnet18", "balance": "params"}, "balance is 'flops' or 'memory', not 'params'"),
+        ({"arch": "vgg13", "balance": "time"}, "vgg13 is cut by block_size; balance is for .* vgg13_bn"),
+        ({"arch": "alexnet", "balance": "params"}, "alexnet: balance is 'flops', 'memory' or 'time', not 'params'"),
+        ({"arch": "resnet18", "balance": "params"}, "balance is 'flops', 'memory' or 'time', not 'params'"),
+        ({"arch": "resnet18", "balance": "time", "cuts": ["a"] * 2}, "resnet18: 2 modules have 1 cuts, not 2"),
+        ({"arch": "resnet18", "balance": "time", "cuts": ["a"]}, "resnet18: ResNet cannot be cut after a$"),
     ],
 )
 def test_errors_say_what_to_do(arguments, message):

@@ -156,6 +156,41 @@ def test_a_screen_that_fails_does_not_end_the_run(tree, tmp_path):
     assert len(lines(tmp_path)) == 2
 
 
+def test_balanced_by_time(tree, tmp_path, monkeypatch, capfd):
+    """Rank 0 measures, all ranks cut alike; the checkpoint has the cut, whatever a later measurement would find."""
+    timing = sys.modules["models.timing"].Timer
+
+    def slow_part(name):
+        """Times in which all but what has this part is free."""
+
+        def measure(timer, part, x, needs_gradient):
+            assert ranks.RANK == 0, "another rank measures, too"
+            parameters = {".".join(key.split(".")[:2]) for key in part.state_dict()}
+            return (1.0 if name in parameters else 0.01), part(x).detach()
+
+        monkeypatch.setattr(timing, "__call__", measure)
+
+    flags = "--num-modules", 2, "--balance", "time", "--nepochs"
+    slow_part("features.3")
+    train(2, tree, *flags, 1, "--module-parallel", cwd=tmp_path)
+    cuts = checkpoint_of(tmp_path)["arguments"]["cuts"]
+    assert conftest.log_of(tmp_path)[0]["cuts"] == cuts and len(cuts) == 1
+    slow_part("features.12")
+    train(1, tree, *flags, 1, cwd=tmp_path / "other")
+    assert checkpoint_of(tmp_path / "other")["arguments"]["cuts"] != cuts
+    train(1, tree, *flags, 2, "--resume", "auto", cwd=tmp_path)
+    train(2, tree, *flags, 3, "--module-parallel", "--resume", "auto", cwd=tmp_path)
+    assert checkpoint_of(tmp_path)["arguments"]["cuts"] == cuts
+    checkpoint = next(tmp_path.glob("*.pt"))
+    capfd.readouterr()
+    train(2, tree, "--module-parallel", "--evaluate", "--resume", checkpoint, cwd=tmp_path)
+    tested = [line.partition(" train ")[2].partition(", ")[2] for line in lines(tmp_path)[-2:]]
+    assert [f"n: {n}, {line}" for n, line in enumerate(tested)] == re.findall("^n: .*", capfd.readouterr().out, re.M)
+    for wrong in (["--num-modules", 3], ["--balance", "flops"], ["--send-precision", "int8"]):
+        status, _, err = run(SCRIPT, tree, *SMALL, "--resume", checkpoint, *wrong, cwd=tmp_path)
+        assert status == 2 and f"was made with {wrong[0][2:].replace('-', '_')}" in err
+
+
 def test_mistakes(tree, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(ranks, "COUNT", 3)
     args = sys.modules["imagenet_dgl"].parse_args(["x", "--arch", "vgg13", "--block_size", "3", "--module-parallel"])

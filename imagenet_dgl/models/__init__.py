@@ -9,23 +9,34 @@ from .costs import costs, meta_images, on_meta, one_line_error
 from .decouple import decouple
 from .dgl_net import DGLNet
 from .published import VGGS
+from .timing import Timer
 
-__all__ = ["ARCHITECTURES", "VGGS", "DGLNet", "build_dgl", "build_plain", "costs", "count_modules", "decouple"]
+__all__ = ["ARCHITECTURES", "VGGS", "DGLNet", "Timer", "build_dgl", "build_plain", "costs", "count_modules", "decouple"]
 
 ARCHITECTURES = torchvision.models.list_models(module=torchvision.models)
 
 
 def build_dgl(
-    arch, num_classes, image_size, block_size=None, num_modules=None, balance="flops", nlin=3, mlp=3, aux_size="true"
+    arch,
+    num_classes,
+    image_size,
+    block_size=None,
+    num_modules=None,
+    balance="flops",
+    nlin=3,
+    mlp=3,
+    aux_size="true",
+    cuts=None,
+    timer=None,
 ):
     """The network `arch` as a DGLNet on images (B, 3, image_size, image_size).
 
     Args:
         arch: vgg11, vgg13, vgg16, vgg19 and resnet18 to resnet152 are the paper's networks, cut as published. Any
-            other name is torchvision's network, cut by `decouple`; so is a ResNet with balance="memory".
+            other name is torchvision's network, cut by `decouple`; so is a ResNet with another balance than "flops".
         block_size: for the published VGGs, the number of convolutions in a module (1).
         num_modules: for all others, K (2).
-        balance: see `decouple`.
+        balance, cuts, timer: see `decouple`.
         nlin, mlp: 1x1 convolutions and hidden layers of the auxiliary networks.
         aux_size: "published", for the ResNets cut as published: auxiliary networks for half of the true height and
             width, as `published.resnet` says.
@@ -38,7 +49,7 @@ def build_dgl(
     if aux_size == "published" and not is_published_resnet:
         raise ValueError(f"{arch}: aux_size published is for resnet18 to resnet152, with balance flops")
     if arch in VGGS:
-        if num_modules is not None or balance == "memory":
+        if num_modules is not None or balance != "flops":
             wrong = "num_modules" if num_modules is not None else "balance"
             raise ValueError(f"{arch} is cut by block_size; {wrong} is for the other networks, {arch}_bn included")
         return published.vgg(arch, num_classes, image_size, 1 if block_size is None else block_size, nlin, mlp)
@@ -50,7 +61,7 @@ def build_dgl(
         return published.resnet(arch, num_classes, image_size, num_modules, nlin, mlp, aux_size)
     try:
         model = torchvisions(arch, num_classes, image_size)
-        return decouple(model, num_modules, num_classes, image_size, balance, nlin, mlp)
+        return decouple(model, num_modules, num_classes, image_size, balance, nlin, mlp, cuts, timer)
     except ValueError as error:
         raise ValueError(f"{arch}: {error}") from None
 

@@ -13,12 +13,13 @@ from torch import fx, nn
 from .auxiliary import auxiliary_net
 from .costs import BATCH, Meter, key, meta_images, on_meta, one_line_error
 from .dgl_net import DGLNet
+from .timing import Timer
 
 ACTIVATIONS = {"relu", "relu6", "gelu", "silu", "hardswish", "sigmoid", "tanh", "elu", "leaky_relu", "selu", "mish"}
 REARRANGING = {"flatten", "movedim", "permute", "reshape", "swapaxes", "transpose", "unflatten", "view"}
 
 
-def decouple(model, num_modules, num_classes, image_size, balance="flops", nlin=3, mlp=3):
+def decouple(model, num_modules, num_classes, image_size, balance="flops", nlin=3, mlp=3, cuts=None, timer=None):
     """Cut a network into `num_modules` modules and give each but the last one an auxiliary network.
 
     The cuts are the ones that make the heaviest module, its auxiliary network included, as light as possible. The last
@@ -29,21 +30,25 @@ def decouple(model, num_modules, num_classes, image_size, balance="flops", nlin=
         model: images (B, 3, image_size, image_size) -> logits (B, num_classes), such as a torchvision classification
             model or an `nn.Sequential`, on any device. The result shares its parameters.
         num_modules: K.
-        balance: what makes a module heavy: the "flops" of its forward pass, or the "memory" that it keeps for the
-            backward pass of a batch (without parameters).
+        balance: what makes a module heavy: the "flops" of its forward pass, the "memory" that it keeps for the
+            backward pass of a batch (without parameters), or the "time" of its training step, measured.
         nlin, mlp: 1x1 convolutions and hidden layers of the auxiliary networks: mlp-sr for a representation
             (B, C, H, W) or (B, side, side, C), an mlp of width D on the mean token for (B, N, D), and on (B, D). The
             hidden layers of mlp-sr have 4C units, which is a lot after wide layers. They count in the balance.
+        cuts: those of an earlier result, to be made again whatever `balance` would find. Times differ from one
+            measurement to the next: measure once, and give the cuts to other processes and later runs.
+        timer: for "time"; by default a Timer on the parameters' device. torch's random numbers stay as they are.
 
     Returns:
-        a DGLNet. Its blocks and its last auxiliary network, composed, are the model; parameters keep their names.
+        a DGLNet. Its blocks and its last auxiliary network, composed, are the model; parameters keep their names. Its
+        attribute `cuts` has the names, in the traced graph, of the K - 1 operations after which it is cut.
 
     Raises:
         ValueError: the model cannot be traced, does not make logits (B, num_classes) of such images, or cannot be cut
             into that many modules (the message says into how many it can).
     """
-    if balance not in ("flops", "memory"):
-        raise ValueError(f"balance is 'flops' or 'memory', not {balance!r}")
+    if balance not in ("flops", "memory", "time"):
+        raise ValueError(f"balance is 'flops', 'memory' or 'time', not {balance!r}")
     network = Network(model, image_size, lambda shape, last: auxiliary_net(shape, num_classes, nlin, mlp, last))
     logits = network.values[network.nodes[-1]]
     if not torch.is_tensor(logits) or logits.shape != (BATCH, num_classes):
@@ -51,11 +56,16 @@ def decouple(model, num_modules, num_classes, image_size, balance="flops", nlin=
             f"a {type(logits).__name__}" if not torch.is_tensor(logits) else f"(B, {str([*logits.shape[1:]])[1:-1]})"
         )
         raise ValueError(f"{type(model).__name__} gives {found} instead of logits (B, {num_classes})")
-    cuts = network.best_cuts(num_modules, balance)
-    blocks = [network.part(*ends) for ends in itertools.pairwise([1, *cuts, network.head])]
     parameter = next(model.parameters())
+    if cuts is None:
+        cuts = network.best_cuts(num_modules, balance, timer or Timer(parameter.device))
+    else:
+        cuts = network.find_cuts(num_modules, cuts)
+    blocks = [network.part(*ends) for ends in itertools.pairwise([1, *cuts, network.head])]
     nets = [network.make_net(*network.layout(cut)).to(parameter.device, parameter.dtype) for cut in cuts]
-    return DGLNet(blocks, [*nets, network.part(network.head, network.end)])
+    model = DGLNet(blocks, [*nets, network.part(network.head, network.end)])
+    model.cuts = [network.crossing[cut].name for cut in cuts]
+    return model
 
 
 class Tracer(fx.Tracer):
@@ -112,7 +122,7 @@ class Network(fx.Interpreter):
     def __init__(self, model, image_size, make_net):
         graph = trace(model)
         super().__init__(on_meta(model), garbage_collect_values=False, graph=graph)
-        self.model, self.make_net, self.nodes = model, make_net, list(graph.nodes)
+        self.model, self.image_size, self.make_net, self.nodes = model, image_size, make_net, list(graph.nodes)
         self.index = {node: i for i, node in enumerate(self.nodes)}
         self.end = len(self.nodes) - 1  # the place before the output
         if [node.op for node in self.nodes].count("placeholder") != 1:
@@ -214,15 +224,33 @@ class Network(fx.Interpreter):
             return kind in {c.__module__.rpartition(".")[2] for c in type(self.fetch_attr(node.target)).__mro__}
         return kind == "activation" and self.name_of(node) in ACTIVATIONS
 
-    def best_cuts(self, num_modules, balance):
-        """The num_modules - 1 places whose heaviest module is the lightest, by dynamic programming."""
+    def find_cuts(self, num_modules, names):
+        """The places after the operations of these names."""
+        places = {self.crossing[p].name: p for p in self.places}
+        if len(names) != num_modules - 1:
+            raise ValueError(f"{num_modules} modules have {num_modules - 1} cuts, not {len(names)}")
+        if unknown := [name for name in names if name not in places]:
+            raise ValueError(f"{type(self.model).__name__} cannot be cut after {', '.join(unknown)}")
+        return [places[name] for name in names]
+
+    def best_cuts(self, num_modules, balance, timer):
+        """The num_modules - 1 places whose heaviest module is the lightest."""
         largest = 1 + len({self.layers[p] for p in self.places})
         if not 1 <= num_modules <= largest:
             possible = f"1 to {largest} modules" if largest > 1 else "1 module only"
             raise ValueError(f"{type(self.model).__name__} can be cut into {possible}, not {num_modules}")
         if num_modules == 1:
             return []
-        weights = self.weights(balance)
+        heaviest, cuts = self.lightest(num_modules, self.weights("memory" if balance == "memory" else "flops"))
+        if balance == "time":
+            with torch.random.fork_rng([timer.device] if timer.device.type == "cuda" else []):
+                # An auxiliary network that is heavier than any module should be, as after a flattened image, is no
+                # choice, and may not fit into memory
+                _, cuts = self.lightest(num_modules, self.seconds(timer, 2 * heaviest))
+        return cuts
+
+    def lightest(self, num_modules, weights):
+        """The heaviest module's weight and the cuts for which it is the least, by dynamic programming."""
         best = {1: (0, 0, [])}  # of what is before each place: heaviest module, sum of the modules, cuts
         for k in range(1, num_modules + 1):
             shorter, best = best, {}
@@ -230,24 +258,25 @@ class Network(fx.Interpreter):
                 options = [
                     (max(heaviest, weights[a, b]), total + weights[a, b], a)
                     for a, (heaviest, total, _) in shorter.items()
-                    if a < b and self.layers[a] < self.layers[min(b, self.head)]
+                    if (a, b) in weights and self.layers[a] < self.layers[min(b, self.head)]
                 ]
                 if options:
                     heaviest, total, a = min(options)
                     best[b] = heaviest, total, [*shorter[a][2], b]
-        return best[self.end][2][:-1]
+        heaviest, _, ends = best[self.end]
+        return heaviest, ends[:-1]
 
     def weights(self, balance):
         """The FLOPs of the module between any two places, or the bytes that it saves for the backward pass."""
-        nets, weights = {}, {}
+        by_layout, self.nets, weights = {}, {}, {}
         for p in self.places:
             layout = self.layout(p)
-            nets[p] = nets[layout] if layout in nets else nets.setdefault(layout, self.weigh_net(*layout))
+            self.nets[p] = by_layout[layout] = by_layout.get(layout) or self.weigh_net(*layout)
         for a in [1, *self.places]:
             with_gradient, saved = set(), {}
             for p in range(a, self.end + 1):
-                if p in nets or p == self.end:
-                    flops, nbytes, saves_input = nets.get(p, (0, 0, False))
+                if p in self.nets or p == self.end:
+                    flops, nbytes, saves_input = self.nets.get(p, (0, 0, False))
                     if balance == "flops":
                         weights[a, p] = self.flops[p] - self.flops[a] + flops
                     else:
@@ -259,6 +288,28 @@ class Network(fx.Interpreter):
                 if self.trains[node] or not with_gradient.isdisjoint(node.all_input_nodes):
                     with_gradient.add(node)
                     saved.update(self.saved[node])
+        return weights
+
+    def seconds(self, timer, limit):
+        """The seconds of a training step of the module between any two places, without those beyond a limit of FLOPs.
+
+        Sums of what is between neighbouring places, each timed once as a module's beginning, where its input needs no
+        gradient, and once as its continuation; and of the auxiliary networks, each timed once.
+        """
+        places = [p for p in self.places if self.nets[p][0] <= limit]
+        segments, nets, x, weights = [], {}, timer.images(self.image_size, self.dtype), {}
+        for a, b in itertools.pairwise([1, *places, self.end]):
+            part = self.part(a, b)
+            inside = timer(part, x, True)[0] if a > 1 else None
+            begins, x = timer(part, x, False)
+            segments.append((a, b, begins, inside))
+            if b < self.end and (layout := self.layout(b)) not in nets:
+                nets[layout] = timer(self.make_net(*layout).to(self.dtype), x, True)[0]
+        for i, start in enumerate([1, *places]):
+            total = 0.0
+            for a, b, begins, inside in segments[i:]:
+                total += inside if self.layers[start] < self.layers[a] else begins
+                weights[start, b] = total + (nets[self.layout(b)] if b < self.end else 0.0)
         return weights
 
     def weigh_net(self, shape, channels_last):
