@@ -269,7 +269,7 @@ def decode(tensors, dtype):
     x, *scales = tensors
     if scales:
         scale, low = scales[0].view(-1, 2, *[1] * (x.dim() - 1)).unbind(1)
-        x = (x * scale).add_(low)
+        x = x.float().mul_(scale).add_(low)
     return x.to(dtype)
 
 

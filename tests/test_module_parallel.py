@@ -1,6 +1,7 @@
 """Module-parallel DGL: equal to one process, asynchronous, and ended by any fault. Ranks are real processes."""
 
 import functools
+import itertools
 import re
 import sys
 import time
@@ -325,6 +326,37 @@ def test_each_link_has_a_group_of_its_own():
         pipeline.end_pass(3)
 
     in_pipeline(6, work, num_modules=3)
+
+
+def test_on_a_gpu_waits_are_measured_by_events(monkeypatch):
+    """Between marks in its stream, read at the end of the pass: the device never waits for anything but the message."""
+    clock = itertools.count(0, 250)
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.milliseconds = next(clock)
+
+        def synchronize(self):
+            self.synchronized = True
+
+        def elapsed_time(self, end):
+            assert end.synchronized
+            return end.milliseconds - self.milliseconds
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+
+    def work(pipeline):
+        pipeline.with_events = True
+        for _ in [pipeline.send(torch.ones(2, 5)) for _ in range(3)] if pipeline.is_first else pipeline.receive(3):
+            assert pipeline.waited == {"input": 0, "send": 0}
+        pipeline.end_pass(3)
+        assert pipeline.waited == ({"input": 0, "send": 0.75} if pipeline.is_first else {"input": 0.75, "send": 0})
+        assert not pipeline.waits
+
+    in_pipeline(2, work)
 
 
 # What is sent in fewer bits
