@@ -110,7 +110,13 @@ def setup(args):
     store = meet()
     watch(store, RANK, choose_interface(store, RANK, COUNT))
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=RANK, world_size=COUNT)
+    try:
+        dist.init_process_group(backend, store=store, rank=RANK, world_size=COUNT)
+    except RuntimeError as error:
+        utils.fail(
+            f"Gloo cannot connect the ranks ({str(error).splitlines()[0]}): set GLOO_SOCKET_IFNAME on every machine to "
+            "its interface in the network of the others"
+        )
     compare_checkpoints(args.resume)
     return device
 
@@ -228,12 +234,11 @@ def watch(store, rank, addresses):
                 silence[address] += 1  # not read from a clock: this process may have been stopped for a while
             if silent := [address for address, seconds in silence.items() if seconds > SILENCE]:
                 machines = " and ".join(os.environ["MASTER_ADDR"] if is_loopback(a) else a for a in silent)
-                time.sleep(not is_first)
-                print(
+                message = (
                     f"Nothing has been heard from {machines} for {SILENCE} s: that machine has gone, or the network "
-                    "between has; --resume goes on from the last checkpoint",
-                    file=sys.stderr,
+                    "between has; --resume goes on from the last checkpoint"
                 )
+                print(message, file=sys.stderr) if is_first else time.sleep(1)
                 os._exit(1)
 
     for work in (listen, judge) if silence else ():

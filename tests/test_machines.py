@@ -1,0 +1,291 @@
+"""Jobs on two machines: network namespaces with a cable between them (Linux; only root may make them)."""
+
+import contextlib
+import ctypes
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ROOT, assert_same, checkpoint_of, load, log_of, run
+from forked_ranks import fork_ranks
+from PIL import Image
+
+load("imagenet_dgl", "imagenet_dgl")
+ranks = sys.modules["ranks"]
+
+IMAGENET = "imagenet_dgl/imagenet_dgl.py"
+SMALL = ["-j", 0, "-b", 6, "--image-size", 32, "--lr", 0.01, "--threads", 1, "--arch", "squeezenet1_1", "-p", 0]
+ASYNC = "buffer_experiments/cifar_async.py"
+DIGITS = ["--data", "digits", "--batch_size", 10, "--ncnn", 2, "--feature_size", 4, "--down", "[1]", "--mlp", 1]
+DIGITS += ["--buffer", 5, "--seed", 0, "--pace", 0.05]
+FIRST, SECOND = "10.77.0.1", "10.77.0.2"
+
+
+def ip(*command):
+    return subprocess.run(["ip", *command], check=True, capture_output=True, text=True).stdout
+
+
+class Machine:
+    """A network namespace with an end of the cable. As on a stock Debian, its own name is a loopback address."""
+
+    def __init__(self, number, other):
+        self.number, self.name, self.jobs = number, f"dgl-{os.getpid()}-{number}", []
+        self.files = Path("/etc/netns", self.name)
+        self.files.mkdir(parents=True)
+        (self.files / "hosts").write_text(f"127.0.0.1 localhost\n127.0.1.1 m{number}\n10.77.0.{other} m{other}\n")
+        ip("netns", "add", self.name)
+
+    def plug(self):
+        ip("-n", self.name, "link", "set", "lo", "up")
+        ip("-n", self.name, "link", "set", "cable", "up")
+        ip("-n", self.name, "address", "add", f"10.77.0.{self.number}/24", "dev", "cable")
+        ip("-n", self.name, "address", "add", f"fd00:77::{self.number}/64", "dev", "cable", "nodad")
+
+    def cable(self, state):
+        ip("-n", self.name, "link", "set", "cable", state)
+
+    def enter(self):
+        """Put this process onto the machine."""
+        with open(f"/run/netns/{self.name}") as file:
+            assert ctypes.CDLL(None).setns(file.fileno(), 0) == 0
+
+    def start(self, script, *flags, cwd, master=FIRST, restarts=0):
+        """Type the README's command; what it prints goes to files in the folder cwd."""
+        cwd.mkdir(exist_ok=True)
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", f"--node-rank={self.number - 1}"]
+        launcher += [f"--master-addr={master}", "--nproc-per-node=1", f"--max-restarts={restarts}"]
+        command = ["ip", "netns", "exec", self.name, *launcher, ROOT / script, *flags]
+        self.out, self.err = (cwd / f"{self.number}-{len(self.jobs)}.{kind}" for kind in ("out", "err"))
+        with self.out.open("w") as out, self.err.open("w") as err:
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            self.jobs.append(subprocess.Popen([*map(str, command)], cwd=cwd, stdout=out, stderr=err, env=environment))
+
+    def processes(self):
+        return [*map(int, ip("netns", "pids", self.name).split())]
+
+    def kill(self):
+        for process in self.processes():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+        for job in self.jobs:
+            job.wait()
+
+    def wait(self, seconds):
+        """The last job's exit status; no process of it may be left."""
+        status = self.jobs[-1].wait(seconds)
+        assert not self.processes()
+        return status
+
+    def said(self):
+        return self.out.read_text() + self.err.read_text()
+
+    def remove(self):
+        self.kill()
+        ip("netns", "delete", self.name)
+        shutil.rmtree(self.files)
+
+
+@pytest.fixture
+def machines():
+    if shutil.which("ip") is None or os.geteuid() or subprocess.run(["ip", "netns", "list"]).returncode:
+        pytest.skip("may not make network namespaces")
+    with contextlib.ExitStack() as stack:
+        pair = []
+        for number, other in ((1, 2), (2, 1)):
+            try:
+                pair.append(Machine(number, other))
+            except (OSError, subprocess.CalledProcessError) as error:
+                pytest.skip(f"may not make network namespaces: {error}")
+            stack.callback(pair[-1].remove)
+        first, second = (machine.name for machine in pair)
+        ip("link", "add", "cable", "netns", first, "type", "veth", "peer", "name", "cable", "netns", second)
+        for machine in pair:
+            machine.plug()
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """27 training and 10 validation images of 2 classes."""
+    root = tmp_path_factory.mktemp("tree")
+    generator = torch.Generator().manual_seed(0)
+    for split, count in (("train", 27), ("val", 10)):
+        for i in range(count):
+            folder = root / split / f"class{i % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = torch.randint(128, (5, 5, 3), generator=generator) + 120 * (i % 2)
+            Image.fromarray(pixels.byte().numpy()).resize((36, 36)).save(folder / f"{i:02}.png")
+    return root
+
+
+def until(condition, seconds=100):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def trained(folder, tree, *flags):
+    """What one process writes on the screen and into a checkpoint."""
+    folder.mkdir()
+    status, _, err = run(IMAGENET, tree, *SMALL, *flags, cwd=folder)
+    assert status == 0, err
+    return result(folder)
+
+
+def result(folder):
+    """What a run has computed, whatever the number of its ranks: log lines and state."""
+    state = checkpoint_of(folder)
+    lines = [line for line in log_of(folder)[1:] if line.startswith("n: ")]
+    return {"lines": lines, **{key: state[key] for key in ("epoch", "parts", "generator")}}
+
+
+# Ranks in copies of this process
+
+
+def test_two_machines_compute_what_one_process_does(machines, tree, tmp_path):
+    flags = "--nepochs", 1, "--num-modules", 2
+    (tmp_path / "parallel").mkdir()
+
+    def work(rank):
+        os.environ["MASTER_ADDR"] = FIRST
+        machines[rank].enter()
+        status, _, err = run(IMAGENET, tree, *SMALL, *flags, "--module-parallel", cwd=tmp_path / "parallel")
+        print(err)
+        assert os.environ["GLOO_SOCKET_IFNAME"] == "cable"
+        return status
+
+    assert fork_ranks(2, work, ranks) == [0, 0]
+    assert_same(result(tmp_path / "parallel"), trained(tmp_path / "one", tree, *flags))
+
+
+def set_up(rank, machine):
+    """What imagenet_dgl.py does first; and all ranks have talked."""
+    os.environ["MASTER_ADDR"] = FIRST
+    machine.enter()
+    ranks.setup(load("imagenet_dgl", "imagenet_dgl").parse_args(["x", "--no-cuda"]))
+    ranks.all_reduce(torch.zeros(1))
+
+
+def test_the_user_s_interface_is_kept(machines, monkeypatch, capfd):
+    """Here it is one that cannot work; the other rank is told to give up."""
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "missing0")
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    assert fork_ranks(2, lambda rank: set_up(rank, machines[rank]), ranks) == [2, 2]
+    errors = [line for line in capfd.readouterr().err.splitlines() if "error: Gloo cannot connect the ranks" in line]
+    assert len(errors) == 2
+    assert all("missing0" in line and "set GLOO_SOCKET_IFNAME on every machine" in line for line in errors)
+
+
+@pytest.mark.parametrize("busy", [False, True])
+def test_a_machine_that_is_silent_ends_the_others(busy, machines, monkeypatch, capfd):
+    """Two of four ranks are on each machine, of which one speaks. A machine that only computes is not silent."""
+    monkeypatch.setattr(ranks, "SILENCE", 3)
+
+    def work(rank):
+        set_up(rank, machines[rank // 2])
+        if not busy and rank == 0:
+            machines[1].cable("down")
+        time.sleep(6)  # without a word to the others
+        ranks.end()
+
+    assert fork_ranks(4, work, ranks) == [0 if busy else 1] * 4
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Nothing has been heard from")]
+    assert sorted(said) == ([] if busy else [gone(FIRST, 3), gone(SECOND, 3)])
+
+
+def gone(address, seconds=30):
+    return (
+        f"Nothing has been heard from {address} for {seconds} s: that machine has gone, or the network between has; "
+        "--resume goes on from the last checkpoint"
+    )
+
+
+# The README's commands
+
+JOBS = {"imagenet": IMAGENET, "async": ASYNC}
+both = pytest.mark.parametrize("job", JOBS)
+
+
+def start_job(job, machines, tree, *flags, folder, **options):
+    """One process a machine; both have the save folder."""
+    own = [tree, *SMALL, "--module-parallel"] if job == "imagenet" else DIGITS
+    for machine in machines:
+        machine.start(JOBS[job], *own, "--save_folder", folder, *flags, cwd=folder, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("master", ["m1", "fd00:77::1"])
+def test_the_first_machine_by_name_and_by_ipv6(master, machines, tree, tmp_path):
+    """On itself, its name is 127.0.1.1. Only the ranks of the first module need the images."""
+    first, second = machines
+    flags, folder = ["--nepochs", 2, "--num-modules", 2], tmp_path / "parallel"
+    first.start(IMAGENET, tree, *SMALL, "--module-parallel", *flags, cwd=folder, master=master)
+    second.start(IMAGENET, "no/images", *SMALL, "--module-parallel", *flags, cwd=tmp_path / "second", master=master)
+    assert [machine.wait(100) for machine in machines] == [0, 0], first.said() + second.said()
+    assert_same(result(folder), trained(tmp_path / "one", tree, *flags))
+    assert not [*(tmp_path / "second").glob("*.pt"), *(tmp_path / "second").glob("*.log")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", [IMAGENET, "imagenet_dgl/imagenet.py"])
+def test_data_parallel(script, machines, tree, tmp_path):
+    for machine in machines:
+        machine.start(script, tree, *SMALL, "--nepochs", 1, "--lr", 0.001, cwd=tmp_path)
+    assert [machine.wait(100) for machine in machines] == [0, 0], machines[0].said() + machines[1].said()
+    assert checkpoint_of(tmp_path)["epoch"] == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("master", [FIRST, "m1", "fd00:77::1"])
+def test_asynchronous_training(master, machines, tmp_path):
+    start_job("async", machines, None, "--train-size", 40, "--nepochs", 3, folder=tmp_path, master=master)
+    assert [machine.wait(100) for machine in machines] == [0, 0], machines[0].said() + machines[1].said()
+    assert checkpoint_of(tmp_path)["epoch"] == 3
+
+
+@pytest.mark.slow
+@both
+def test_a_cable_that_is_pulled_ends_the_job_on_both_machines(job, machines, tree, tmp_path):
+    first, second = machines
+    if job == "imagenet":
+        endless, begun = ["--dummy", "-p", 1], r"Epoch: \[0\]\[ *20/"
+    else:
+        endless, begun = ["--train-size", 1000], "n: 0, epoch 1,"
+    start_job(job, machines, tree, *endless, folder=tmp_path)
+    until(lambda: re.search(begun, first.said()))
+    first.cable("down")
+    begin = time.monotonic()
+    for machine, other in ((first, SECOND), (second, FIRST)):
+        assert machine.wait(60 - (time.monotonic() - begin)) != 0
+        assert machine.err.read_text().count(gone(other)) == 1
+
+
+@pytest.mark.slow
+@both
+@pytest.mark.parametrize("fault", ["killed", "cable"])
+def test_a_machine_that_comes_back_is_taken_up(job, fault, machines, tree, tmp_path):
+    """After kill -9 it types its command again; a cable only has to be plugged in again."""
+    first, second = machines
+    flags = ["--nepochs", 40] if job == "imagenet" else ["--train-size", 80, "--nepochs", 20]
+    folder, options = tmp_path / "folder", {"folder": tmp_path / "folder", "restarts": 3}
+    start_job(job, machines, tree, *flags, "--resume", "auto", **options)
+    until(lambda: [*folder.glob("*.pt")])
+    if fault == "killed":
+        second.kill()
+        start_job(job, [second], tree, *flags, "--resume", "auto", **options)
+    else:
+        first.cable("down")
+        time.sleep(45)  # until both have noticed
+        first.cable("up")
+    assert [machine.wait(200) for machine in machines] == [0, 0], first.said() + second.said()
+    assert checkpoint_of(folder)["epoch"] == flags[-1]
+    if job == "imagenet":
+        assert_same(result(folder), trained(tmp_path / "one", tree, *flags))
