@@ -17,18 +17,20 @@ import contextlib
 import functools
 import gc
 import itertools
+import json
+import multiprocessing
 import os
 import signal
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import utils
 
 import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 import links
 import models
@@ -247,9 +249,11 @@ class Bench:
         return self.gathered(thing)[0]
 
 
-def work(rank, args, num_modules, link, folder, results):
-    """A rank of one K and one link. Rank 0 puts what was found into `results`."""
+def work(rank, args, num_modules, link, folder):
+    """A rank of one K and one link. Rank 0 writes what was found into the folder."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # also while waiting for another rank
+    if not multiprocessing.parent_process().is_alive():  # whose end is not signalled to a rank that still imports
+        return
     utils.setup(args)
     if args.cuda:
         torch.cuda.set_device(rank)
@@ -262,22 +266,20 @@ def work(rank, args, num_modules, link, folder, results):
     found = bench.run()
     dist.destroy_process_group()
     if rank == 0:
-        results.put((*found, bench.memory, bench.notes))
+        Path(folder, "found").write_text(json.dumps([*found, bench.memory, bench.notes]))
 
 
 def in_ranks(args, num_modules, link):
     """Start the ranks, and return what rank 0 found."""
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        ranks = mp.spawn(work, (args, num_modules, link, folder, results), num_modules, join=False)
+        ranks = torch.multiprocessing.spawn(work, (args, num_modules, link, folder), num_modules, join=False)
         try:
             while not ranks.join():
                 pass
         finally:
             for process in ranks.processes:
                 process.kill()
-    return results.get()
+        return json.loads(Path(folder, "found").read_text())
 
 
 def main(argv=None):
@@ -295,17 +297,18 @@ def main(argv=None):
     print(f"|{8 * '---|'}")
     table = {}
     for num_modules in args.num_modules:
-        base, all_notes = None, []
+        base, all_notes = 0, []
         for link in [None, *args.link]:
             rates, predicted, memory, notes = in_ranks(args, num_modules, link)
-            base = base or statistics.median(rates.get("DGL, one process", [float("nan")]))
+            base = base or statistics.median(rates.get("DGL, one process", [0]))
             table[num_modules, link] = {way: statistics.median(values) for way, values in rates.items()}
             for way, rate in table[num_modules, link].items():
                 spread = f"{min(rates[way]):.3g} to {max(rates[way]):.3g}"
                 computed = statistics.median(predicted.get(way, [0]))
                 computed = f"{computed:.3g} ({100 * (computed / rate - 1):+.1f} %)" if computed else ""
                 peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in memory.get(way, []) if peak)
-                row = num_modules, link or "", way, f"{rate:.3g}", spread, f"{rate / base:.2f}", computed, peaks
+                against = f"{rate / base:.2f}" if base else ""
+                row = num_modules, link or "", way, f"{rate:.3g}", spread, against, computed, peaks
                 print(f"| {' | '.join(map(str, row))} |", flush=True)
             all_notes += [f"{link}: {note}" if link else note for note in notes]
         print("", *all_notes, "", sep="\n")

@@ -297,16 +297,15 @@ def test_the_schedule_predicts_a_slow_link(rate, precision, tmp_path):
 @pytest.mark.slow
 @needs_links
 def test_benchmark_over_links(tmp_path):
-    flags = ["--link", "1gbit", "50mbit", "--ways", "one process", "module-parallel", "DDP", "1F1B"]
+    flags = ["--link", "50mbit", "--ways", "module-parallel", "DDP", "1F1B"]
     done = python(ROOT / "imagenet_dgl/benchmark.py", *SMALL, *flags, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    for link in ("1gbit", "50mbit"):
-        rows = re.findall(rf"^\| 2 \| {link} \| (.*?) \| .*", done.stdout, re.MULTILINE)
-        assert [re.sub(" .. micro.*", "", row) for row in rows] == [
-            *["DGL, module-parallel", "backprop, DDP", "backprop, 1F1B", "DGL, heaviest module"],
-        ]
-    speeds = [float(speed) for speed in re.findall(r"\dbit: DGL.*link of ([\d.]+) Gbit/s", done.stdout)]
-    assert speeds == [pytest.approx(1, rel=0.3), pytest.approx(0.05, rel=0.1)]
+    rows = re.findall(r"^\| 2 \| 50mbit \| (.*?) \| .*", done.stdout, re.MULTILINE)
+    assert [re.sub(" .. micro.*", "", row) for row in rows] == [
+        *["DGL, module-parallel", "backprop, DDP", "backprop, 1F1B", "DGL, heaviest module"],
+    ]
+    (speed,) = re.findall(r"50mbit: DGL.*link of ([\d.]+) Gbit/s", done.stdout)
+    assert float(speed) == pytest.approx(0.05, rel=0.1)
 
 
 @pytest.mark.slow
@@ -319,7 +318,7 @@ def test_no_rank_is_left(end, tmp_path):
     _, err = process.communicate(timeout=30)
     if end == signal.SIGINT:
         assert err == "\nInterrupted.\n"
-        assert process.returncode == 1
+        assert process.returncode == -signal.SIGINT
     deadline = time.monotonic() + 20
     while alive(tmp_path):
         assert time.monotonic() < deadline
