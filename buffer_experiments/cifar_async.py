@@ -16,15 +16,13 @@ The first process writes a log with one line per module and epoch, and a checkpo
 buffers are not in the checkpoint: they fill again.
 """
 
-import argparse
 import collections
 import contextlib
 import copy
-import datetime
+import io
 import math
 import os
 import queue
-import signal
 import sys
 import threading
 import time
@@ -32,7 +30,6 @@ import time
 import utils
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
@@ -40,6 +37,7 @@ from tqdm import tqdm
 import cifar
 import transport
 from buffer import PRIORITIES, SAMPLINGS, Buffer, ProductQuantizer, available_memory, groups_and_codewords
+from cifar_buffer import evaluate
 from models import add_network_flags, check_network_flags, make_network
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # --precision; otherwise float32
@@ -52,18 +50,13 @@ def parse_args(argv=None):
     add("--buffer", type=utils.at_least(0), default=0, help="M, batches in a buffer; 0: one batch")
     add("--block_size", type=utils.at_least(1), default=1, help="layers of a module")
     add("--slow-layer", type=utils.at_least(0), default=0, help="slow down the module with this layer, from 0")
-    add(
-        "--slowdown",
-        type=utils.at_least(1, float),
-        default=1.0,
-        help="how many times: it sleeps after each step",
-    )
+    add("--slowdown", type=utils.at_least(1, float), default=1.0, help="how many times: it sleeps after each step")
     add(
         "--pace",
         type=utils.at_least(0, float),
         default=0.0,
-        metavar="SECONDS",
-        help="shortest step, x --slowdown",
+        metavar="S",
+        help="seconds of a step, or more; x --slowdown",
     )
     add("--sync", action="store_true", help="synchronous DGL as a pipeline: each batch once, in order, waited for")
     add("--idle", action="store_true", help="to measure the transport: steps only sleep for --pace")
@@ -92,134 +85,33 @@ def parse_args(argv=None):
     return args
 
 
-# The two ends of a buffer
-
-
-class Images:
-    """The input of the first module: an endless stream of training batches."""
-
-    waited = False
-
-    def __init__(self, batches):
-        self.generator, self.figures = batches.generator, {}
-        self.endless = (batch for _ in iter(int, 1) for batch in tqdm(batches, disable=None, leave=False))
-
-    def sample(self):
-        return next(self.endless)
-
-
-class Received:
-    """The ring buffer before a module. A thread puts received batches into it, and the module samples from it.
-
-    With --sync it is a queue: each batch is returned once, in order, and the sender is at most M batches ahead.
-    `waited` says whether the last call of `sample` had to wait.
-    """
-
-    def __init__(self, args, shape, device, team):
-        size, sampling = max(args.buffer, 1), (args.buffer_sampling, args.max_buffer_reuse, args.seed)
-        quantizer = args.quantize and ProductQuantizer(shape[0], *args.quantize).to(device)  # only to decode
-        dtype = DTYPES.get(args.precision, torch.float32)
-        ring = 1 if args.sync else size
-        self.buffer = Buffer(ring, args.batch_size, shape, device, dtype, quantizer, *sampling)
-        self.queue = queue.SimpleQueue() if args.sync else None
-        self.team, self.changed = team, threading.Condition()
-        self.figures = {"fresh": 0, "age": 0, "unused": 0}
-
-    def receive(self):
-        """The thread."""
-        while True:
-            _, tensors = transport.receive(self.team.previous)
-            if self.queue is not None:
-                self.queue.put(tensors)
-            else:
-                with self.changed:
-                    self.put(*tensors)
-                    self.changed.notify()
-
-    def put(self, stored, labels, codebook=None):
-        buffer = self.buffer
-        self.figures["unused"] += buffer.uses.get(buffer.count - len(buffer.labels)) == 0  # and about to be overwritten
-        if codebook is None:
-            buffer.put(stored, labels)
-        else:
-            buffer.quantizer.codebook.copy_(codebook)
-            buffer.put_stored(stored, labels)
-
-    def sample(self):
-        """(representation, labels) of a batch that `--buffer-sampling` chooses. None if the job is over."""
-        self.waited = self.queue is not None and self.queue.empty()
-        if self.queue is not None:
-            self.put(*self.queue.get())
-            with contextlib.suppress(OSError):  # the receiving thread notices too
-                self.team.previous.sendall(b"!")
-        with self.changed:
-            while (batch := self.buffer.sample()) is None:  # nothing yet, or all used --max-buffer-reuse times
-                if self.team.over.is_set():
-                    return None
-                self.waited = True
-                self.changed.wait(0.1)
-            self.figures["age"] += self.buffer.count - 1 - self.buffer.sampled
-            self.figures["fresh"] += self.buffer.uses[self.buffer.sampled] == 1
-            return tuple(tensor.clone() for tensor in batch)  # the thread may overwrite the ring at any time
-
-
-class Sending:
-    """Sends batches to the next module, in a thread. A batch that still waits is replaced by a newer one.
-
-    With --sync, `put` waits instead. With --quantize, indices and the codebook are sent.
-    """
-
-    def __init__(self, args, shape, device, team):
-        self.outbox = transport.Outbox(team, window=max(args.buffer, 1) if args.sync else 0)
-        self.quantizer = args.quantize and ProductQuantizer(shape[0], *args.quantize, seed=args.seed).to(device)
-        self.plain_bytes = args.batch_size * (4 * math.prod(shape) + 8)  # a batch in float32, and its labels
-
-    def put(self, representation, labels):
-        if self.quantizer:
-            self.quantizer.update(representation)
-            codebook = self.quantizer.codebook.clone()  # it may change before it is sent
-            self.outbox.put(self.quantizer.encode(representation), labels, codebook)
-        else:
-            self.outbox.put(representation, labels)
-
-    @property
-    def figures(self):
-        with self.outbox.changed:
-            sent, dropped, size = self.outbox.sent, self.outbox.dropped, self.outbox.bytes
-        return {"sent": sent, "dropped": dropped, "bytes": size, "plain_bytes": sent * self.plain_bytes}
-
-
 # The algorithm
 
 
 class Worker:
     """Trains module n, in a process of its own. It never waits for another module's step.
 
-    `outputs` is None for the last module. `disturbed()` says whether this process is doing something else right now,
-    which makes a step's duration meaningless.
+    Args:
+        parts: the block and the auxiliary network.
+        shape: of a representation, (C, s, s).
+        counts: what `inputs` and `outputs` count too. `outputs` is None for the last module.
+        disturbed: says whether this process is doing something else right now, so that a step's duration means nothing.
     """
 
-    def __init__(self, args, n, parts, shape, epoch_steps, device, inputs, outputs, disturbed):
-        self.args, self.n, self.epoch_steps, self.device = args, n, epoch_steps, device
-        self.parts, self.inputs, self.outputs, self.disturbed = parts, inputs, outputs, disturbed
+    def __init__(self, args, n, parts, shape, epoch_steps, device, inputs, outputs, counts, disturbed):
+        self.args, self.n, self.parts, self.epoch_steps, self.device = args, n, parts, epoch_steps, device
+        self.inputs, self.outputs, self.counts, self.disturbed = inputs, outputs, counts, disturbed
         self.block, self.auxiliary_net = parts
-        self.epochs = 0
-        self.optimizer, self.scaler = self.new_optimizer(), cifar.grad_scaler(args, device)
-        self.autocast, self.meter = utils.autocast(args, device), cifar.Meter(device)
-        self.step = self.idle_step if args.idle else self.train_step
+        self.epochs, self.scaler = 0, cifar.grad_scaler(args, device)
+        self.optimizer, self.autocast, self.meter = (
+            self.new_optimizer(),
+            utils.autocast(args, device),
+            cifar.Meter(device),
+        )
         self.silence = torch.zeros(args.batch_size, *shape, device=device)  # what an idle worker sends
         self.slowdown = args.slowdown if n == args.slow_layer // args.block_size else 1
         self.pace, self.due = self.slowdown * args.pace, time.monotonic()  # due: when the last step should end
-        self.counts = {"samples": 0, "steps": 0, "seconds": 0.0}  # steps, seconds: measured ones only
-        self.before, self.reported = None, collections.Counter()
-
-    def new_optimizer(self):
-        """After every --epochdecay epochs of the module: a 5 times smaller learning rate, and momentum from zero."""
-        return cifar.sgd(self.parts, self.args.lr / 5 ** (self.epochs // self.args.epochdecay), weight_decay=5e-4)
-
-    def send(self, representation, labels):
-        if self.outputs:
-            self.outputs.put(representation, labels)
+        self.before, self.reported, self.launched = None, collections.Counter(), collections.deque()
 
     def train_epoch(self):
         """One epoch of module n (Algorithm 2)."""
@@ -227,7 +119,7 @@ class Worker:
         for _ in range(self.epoch_steps):
             x, labels = self.inputs.sample()  # waits only while the buffer is empty
             with self.timed():
-                self.step(x, labels)
+                self.idle_step(labels) if self.args.idle else self.train_step(x, labels)
         self.epochs += 1
 
     def train_step(self, x, labels):
@@ -242,42 +134,29 @@ class Worker:
         self.scaler.update()
         self.meter.update(loss, logits, labels)
 
-    def idle_step(self, x, labels):
+    def idle_step(self, labels):
         self.send(self.silence, labels)
 
+    def send(self, representation, labels):
+        if self.outputs:
+            self.outputs.put(representation, labels)
+
     @torch.no_grad()
-    def feed(self, over):
+    def feed(self, finished):
         """After the last epoch: go on feeding the next module, in eval mode, as fast as in training."""
         self.parts.eval()
         pace = self.counts["seconds"] / max(self.counts["steps"], 1)
-        while not over.is_set() and (batch := self.inputs.sample()):
+        while not finished() and (batch := self.inputs.sample()):
             x, labels = batch
             start = time.monotonic()
             with self.autocast:
                 self.send(self.silence if self.args.idle else self.block(x), labels)
-            over.wait(max(0, pace - (time.monotonic() - start)))
+            self.keep_up(ahead=1)
+            time.sleep(max(0, pace - (time.monotonic() - start)))
 
-    @contextlib.contextmanager
-    def timed(self):
-        """Stretch a step as --slowdown and --pace demand, and measure it, including the wait before it.
-
-        With --pace, later steps make up for a delay of up to a step, so that other load on the machine does not decide
-        the workers' rates.
-        """
-        start, disturbed = time.monotonic(), self.disturbed()
-        yield
-        if self.pace or self.slowdown > 1:
-            if self.device.type == "cuda":
-                torch.cuda.synchronize()
-            now, begin = time.monotonic(), start if self.inputs.waited else max(self.due, start - self.pace)
-            self.due = max(begin + self.pace, now + (self.slowdown - 1) * (now - start))
-            time.sleep(self.due - now)
-        now = time.monotonic()
-        if not (disturbed or self.disturbed()):
-            self.counts["steps"] += 1
-            self.counts["seconds"] += now - (self.before or start)
-        self.counts["samples"] += 1
-        self.before = now
+    def new_optimizer(self):
+        """After every --epochdecay epochs of the module: a 5 times smaller learning rate, and momentum from zero."""
+        return cifar.sgd(self.parts, self.args.lr / 5 ** (self.epochs // self.args.epochdecay), weight_decay=5e-4)
 
     def run(self, team):
         """Train all epochs. After each, send rank 0 the weights and the figures."""
@@ -290,61 +169,217 @@ class Worker:
                     raise SystemExit(f"Epoch {self.epochs}, module {self.n} on rank {self.n}: the loss is {loss}")
             if self.epochs < self.args.epochs and self.epochs % self.args.epochdecay == 0:
                 self.optimizer = self.new_optimizer()
-            team.report(news, [transport.pack(self.state_dict())])
+            state = io.BytesIO()
+            torch.save(self.state_dict(), state)
+            team.report({**news, "state": state.getvalue()})
             self.before = None  # this time belongs to no step
         if self.outputs and not self.args.sync:
-            self.feed(team.over)
-        team.over.wait()
+            self.feed(team.finished)
+        while not team.finished():
+            time.sleep(0.05)
+        if self.outputs:
+            self.outputs.end()
+
+    @contextlib.contextmanager
+    def timed(self):
+        """Stretch a step as --slowdown and --pace demand, and measure it, including the wait before it.
+
+        With --pace, later steps make up for a delay of up to a step, so that other load on the machine does not decide
+        the workers' rates.
+        """
+        start, disturbed, stretched = time.monotonic(), self.disturbed(), self.pace or self.slowdown > 1
+        yield
+        self.keep_up(ahead=0 if stretched else 1)
+        if stretched:
+            now, begin = time.monotonic(), start if self.inputs.waited else max(self.due, start - self.pace)
+            self.due = max(begin + self.pace, now + (self.slowdown - 1) * (now - start))
+            time.sleep(self.due - now)
+        now = time.monotonic()
+        if not (disturbed or self.disturbed()):
+            self.counts["steps"] += 1
+            self.counts["seconds"] += now - (self.before or start)
+        self.counts["samples"] += 1
+        self.before = now
+
+    def keep_up(self, ahead):
+        """On a GPU, wait until so many steps are unfinished at most: only finished ones are counted."""
+        self.launched.append(torch.get_device_module(self.device).Event())
+        self.launched[-1].record()
+        while len(self.launched) > ahead:
+            self.launched.popleft().synchronize()
 
     def pop_figures(self):
-        """What has been counted since the last call."""
-        counted = collections.Counter(self.counts)
-        for end in filter(None, (self.inputs, self.outputs)):
-            counted.update(end.figures)
-        figures = {name: counted[name] - self.reported[name] for name in counted}
-        self.reported = counted
+        """What has been counted since the last call. Steps and seconds: measured ones only."""
+        counted = self.counts.copy()
+        figures, self.reported = counted - self.reported, counted
         if self.outputs and self.outputs.quantizer:
             figures["errors"] = self.outputs.quantizer.pop_error()
         return figures
 
+    def saved(self):
+        parts = {"parts": self.parts, "optimizer": self.optimizer, "scaler": self.scaler}
+        return parts | ({"quantizer": self.outputs.quantizer} if self.outputs and self.outputs.quantizer else {})
+
     def state_dict(self):
-        quantizer = self.outputs.quantizer if self.outputs else None
-        return {
-            "block": self.block.state_dict(),
-            "auxiliary_net": self.auxiliary_net.state_dict(),
-            "epochs": self.epochs,
-            "optimizer": self.optimizer.state_dict(),
-            "scaler": self.scaler.state_dict(),
-            "quantizer": quantizer.state_dict() if quantizer else None,
-            "generator": self.inputs.generator.get_state() if self.n == 0 else None,  # of the data's order
-        }
+        generator = self.inputs.generator.get_state() if self.n == 0 else None  # of the data's order
+        parts = {name: part.state_dict() for name, part in self.saved().items()}
+        return {"epochs": self.epochs, "generator": generator, **parts}
 
     def load_state_dict(self, state):
-        for name in ("block", "auxiliary_net", "optimizer", "scaler"):
-            getattr(self, name).load_state_dict(state[name])
         self.epochs = state["epochs"]
-        if state["quantizer"] and self.outputs:
-            self.outputs.quantizer.load_state_dict(state["quantizer"])
+        for name, part in self.saved().items():
+            part.load_state_dict(state[name])
         if self.n == 0:
             self.inputs.generator.set_state(state["generator"])
+
+
+# The two ends of a buffer
+
+
+class Images:
+    """The input of the first module: an endless stream of training batches."""
+
+    waited = False
+
+    def __init__(self, batches):
+        self.generator = batches.generator
+        self.endless = (batch for _ in iter(int, 1) for batch in tqdm(batches, disable=None, leave=False))
+
+    def sample(self):
+        return next(self.endless)
+
+
+class Received:
+    """The ring buffer before a module. A thread puts received batches into it, and the module samples from it.
+
+    With --sync it is a queue: each batch is returned once, in order, and M batches at most are asked for ahead.
+    `waited` says whether the last call of `sample` had to wait.
+    """
+
+    def __init__(self, args, shape, device, team, counts):
+        size, self.queue = max(args.buffer, 1), queue.SimpleQueue() if args.sync else None
+        self.buffer = make_buffer(args, 1 if args.sync else size, shape, device)
+        self.messages = [make_message(self.buffer, device) for _ in range(1 if args.sync else 2)]
+        self.free, self.changed, self.ended = threading.Semaphore(size), threading.Condition(), False
+        self.team, self.copies, self.counts = team, transport.Copies(device), counts
+
+    def receive(self):
+        """The thread."""
+        if self.queue:
+            for tensors in self.team.batches(self.messages, self.free.acquire):
+                self.queue.put([tensor.clone() for tensor in self.copies.to_device(tensors)])
+        for tensors in [] if self.queue else self.team.batches(self.messages):
+            tensors = self.copies.to_device(tensors)
+            with self.changed:
+                self.put(*tensors)
+                self.changed.notify()
+        with self.changed:
+            self.ended = True
+            self.changed.notify()
+
+    def put(self, labels, *codebook_and_stored):
+        buffer, (*codebook, stored) = self.buffer, codebook_and_stored
+        self.counts["unused"] += buffer.uses.get(buffer.count - len(buffer.labels)) == 0  # and about to be overwritten
+        if codebook:
+            buffer.quantizer.codebook.copy_(*codebook)
+        buffer.put_stored(stored, labels)
+
+    def sample(self):
+        """(representation, labels) of a batch that `--buffer-sampling` chooses. None if the job is over."""
+        self.waited = self.queue is not None and self.queue.empty()
+        if self.queue:
+            self.put(*self.queue.get())
+            self.free.release()
+        with self.changed:
+            while (batch := self.buffer.sample()) is None:  # nothing yet, or all used --max-buffer-reuse times
+                if self.ended:
+                    return None
+                self.waited = True
+                self.changed.wait()
+            self.counts["age"] += self.buffer.count - 1 - self.buffer.sampled
+            self.counts["fresh"] += self.buffer.uses[self.buffer.sampled] == 1
+            return tuple(tensor.clone() for tensor in batch)  # the thread may overwrite the ring at any time
+
+
+class Sending:
+    """Sends batches to the next module, in a thread. A batch that still waits is replaced by a newer one.
+
+    With --sync, `put` waits instead until the last batch has left. With --quantize, indices and the codebook are sent.
+    """
+
+    def __init__(self, args, shape, device, team, counts):
+        self.quantizer = args.quantize and ProductQuantizer(shape[0], *args.quantize, seed=args.seed).to(device)
+        self.message = make_message(make_buffer(args, 1, shape, "meta"), device)
+        self.plain_bytes = args.batch_size * (4 * math.prod(shape) + 8)  # a batch in float32, and its labels
+        self.team, self.copies, self.counts, self.sync = team, transport.Copies(device), counts, args.sync
+        self.changed, self.waiting, self.busy = threading.Condition(), None, False
+        team.thread(self.run)
+
+    def put(self, representation, labels):
+        if self.quantizer:
+            self.quantizer.update(representation)
+            codebook = self.quantizer.codebook.clone()  # it may change before it is sent
+            batch = labels, codebook, self.quantizer.encode(representation)
+        else:
+            batch = labels, representation.permute(0, 2, 3, 1)
+        self.replace(batch, self.copies.event())
+
+    def end(self):
+        """There are no more batches."""
+        self.replace((), self.copies.event())
+
+    def replace(self, *batch):
+        with self.changed:
+            while self.sync and (self.waiting or self.busy):
+                self.changed.wait()
+            self.counts["dropped"] += self.waiting is not None
+            self.waiting = batch
+            self.changed.notify_all()
+
+    def run(self):
+        """The thread."""
+        tensors = True
+        while tensors:
+            with self.changed:
+                while self.waiting is None:
+                    self.changed.wait()
+                (tensors, computed), self.waiting, self.busy = self.waiting, None, True
+            self.message.number.fill_(self.counts["sent"] if tensors else -1)
+            self.copies.to_cpu(tensors, self.message.tensors, computed)
+            self.team.send(self.message)
+            self.counts.update(sent=1, bytes=self.message.memory.nbytes, plain_bytes=self.plain_bytes)
+            with self.changed:
+                self.busy = False
+                self.changed.notify_all()
+
+
+def make_buffer(args, size, shape, device):
+    """A buffer of so many batches, with a quantizer that only decodes."""
+    quantizer = args.quantize and ProductQuantizer(shape[0], *args.quantize).to(device)
+    sampling = args.buffer_sampling, args.max_buffer_reuse, args.seed
+    return Buffer(size, args.batch_size, shape, device, DTYPES.get(args.precision, torch.float32), quantizer, *sampling)
+
+
+def make_message(buffer, device):
+    """For a batch's labels, its codebook if there is one, and its representation, as the buffer stores them."""
+    codebook = [buffer.quantizer.codebook] if buffer.quantizer else []
+    return transport.Message([buffer.labels[0], *codebook, buffer.stored[0]], device)
 
 
 # Rank 0's other job, in a thread of its own: test, log and checkpoint
 
 
 class Member:
-    """What rank 0 knows of module n as of its last finished epoch. The weights are in the network that is tested."""
+    """What rank 0 knows of module n as of its last finished epoch. The network that is tested has its weights, too."""
 
     def __init__(self, network, n):
-        self.block, self.auxiliary_net = network.blocks[n], network.auxiliary_nets[n]
-        self.epochs, self.state, self.top1, self.recent = 0, None, 0.0, []
+        self.parts = nn.ModuleList([network.blocks[n], network.auxiliary_nets[n]])
+        self.state, self.top1, self.recent = {"epochs": 0}, 0.0, []
         self.figures, self.total = collections.Counter(), collections.Counter()
 
-    def take(self, news, packed):
-        self.state = transport.unpack(packed)
-        self.block.load_state_dict(self.state.pop("block"))
-        self.auxiliary_net.load_state_dict(self.state.pop("auxiliary_net"))
-        self.epochs = self.state["epochs"]
+    def take(self, news):
+        self.state = torch.load(io.BytesIO(news["state"]), map_location="cpu", weights_only=True)
+        self.parts.load_state_dict(self.state["parts"])
         self.recent.append(news.get("top1", 0.0))  # idle workers have none
         self.figures.update({**news["figures"], "epochs": 1})
 
@@ -356,35 +391,11 @@ class Member:
         figures, self.recent, self.figures = self.figures, [], collections.Counter()
         return self.top1, figures
 
-    def start(self):
-        """The state for the worker to go on from."""
-        return {"block": self.block.state_dict(), "auxiliary_net": self.auxiliary_net.state_dict(), **self.state}
-
     def state_dict(self):
         return {"state": self.state, "top1": self.top1, "total": dict(self.total)}
 
     def load_state_dict(self, state):
         self.state, self.top1, self.total = state["state"], state["top1"], collections.Counter(state["total"])
-        self.epochs = self.state["epochs"]
-
-
-@torch.no_grad()
-def evaluate(model, autocast, batches):
-    """Top-1 accuracy in % of every module, and of every ensemble of modules 0 to n, in one pass over the batches.
-
-    An ensemble averages its modules' logits with weights 2^i / sum.
-    """
-    model.eval()
-    correct = torch.zeros(2, len(model.blocks), device=batches.device)
-    for images, labels in batches:
-        x, total = images, 0
-        for n in range(len(model.blocks)):
-            with autocast:
-                logits, x = model(x, n)
-            total = total + 2**n * logits.float()  # the division by the sum changes no prediction
-            correct[0, n] += (logits.argmax(1) == labels).sum()
-            correct[1, n] += (total.argmax(1) == labels).sum()
-    return (100 * correct / len(batches.labels)).tolist()
 
 
 def collect(args, team, run, network, members, test, testing):
@@ -393,15 +404,18 @@ def collect(args, team, run, network, members, test, testing):
     Every module is tested as it was after its last finished epoch, `epochtrue`. With --sync, that is this one.
     """
     autocast, waiting = utils.autocast(args, test.device), [collections.deque() for _ in members]
+    if test.device.type == "cuda":  # a stream of this thread's own: rank 0 trains on the other one
+        torch.cuda.set_stream(torch.cuda.Stream(test.device))
     for epoch in run.epochs(args.epochs):
+        team.store.set("checkpoint", str(run.last_checkpoint or "none yet"))
         while True:
             for member, news in zip(members, waiting):
-                while news and (not args.sync or member.epochs < epoch):
-                    member.take(*news.popleft())
-            if min(member.epochs for member in members) >= epoch:
+                while news and (not args.sync or member.state["epochs"] < epoch):
+                    member.take(news.popleft())
+            if min(member.state["epochs"] for member in members) >= epoch:
                 break
-            rank, content, (packed,) = team.news.get()
-            waiting[rank].append((content, packed))
+            rank, news = team.news.get()
+            waiting[rank].append(news)
         testing.set()
         tested = None if args.idle else evaluate(network, autocast, test)
         testing.clear()
@@ -411,12 +425,12 @@ def collect(args, team, run, network, members, test, testing):
             figures.append(counted)
             if tested:
                 test_top1, ensemble = tested[0][n], f",ense {tested[1][n]:.2f}" if args.ensemble else ""
-                epochs = f"epoch {epoch},epochtrue {member.epochs}"
+                epochs = f"epoch {epoch},epochtrue {member.state['epochs']}"
                 run.log(f"n: {n}, {epochs}, train {train:.2f}, test {test_top1:.2f}{ensemble}")
         log_figures(run, f"epoch {epoch}", figures)
         if epoch == args.epochs:
             log_figures(run, "all epochs", [member.total for member in members])
-    team.finish()
+    team.done.set()
 
 
 def log_figures(run, when, figures):
@@ -439,40 +453,13 @@ def log_figures(run, when, figures):
 # Start
 
 
-class Run(utils.Run):
-    """A Run that tells the Team what to say at Ctrl-C, since the Team ends the whole job."""
-
-    def interruption(self):
-        if not self.last_checkpoint:
-            return "Interrupted before this run finished an epoch."
-        return f"Interrupted; go on from the last finished epoch with --resume {self.last_checkpoint}"
-
-
-def join():
-    """(store, rank, number of processes), from torchrun; without it, this process is alone."""
-    names = ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
-    if not any(os.environ.get(name) for name in names[:2]):
-        return None, 0, 1
-    *numbers, host = (os.environ.get(name, "") for name in names)
-    rank, size, port = (int(number) if number.isdecimal() else -1 for number in numbers)
-    if not 0 <= rank < size or port < 0 or not host:
-        given = " ".join(f"{name}={os.environ.get(name, '')}" for name in names)
-        utils.fail(f"the environment says only in part who takes part in this job ({given}): start with torchrun")
-    try:
-        store, rank, size = next(dist.rendezvous("env://"))
-    except Exception as error:  # torch raises all kinds
-        utils.fail(f"no connection to the job at {host}:{port}: {error}")
-    store.set_timeout(datetime.timedelta(seconds=transport.PATIENCE))
-    return store, rank, size
-
-
 def set_up_device(args, size):
     """Seed torch and return the device of this process."""
     if size > 1 and not args.threads:
         args.threads = 1
     device = utils.setup(args)
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        device = torch.device("cuda", transport.LOCAL_RANK % torch.cuda.device_count())
         torch.cuda.set_device(device)
     return device
 
@@ -483,8 +470,7 @@ def plan_buffers(args, shapes, size, device):
         needs = f"{args.ncnn} layers in modules of {args.block_size} need {len(shapes)} processes, not {size}"
         command = f"torchrun --standalone --nproc_per_node={len(shapes)} cifar_async.py"
         utils.fail(f"{needs}: start with `{command} ...`, or change --block_size")
-    rings = argparse.Namespace(**{**vars(args), "sync": False})  # a queue of --sync holds as many batches
-    buffers = [Received(rings, shape, "meta", None).buffer for shape in shapes[:-1]]
+    buffers = [make_buffer(args, max(args.buffer, 1), shape, "meta") for shape in shapes[:-1]]
     here = [*range(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))]  # ranks that share rank 0's memory
     if device.type == "cuda":
         here = [rank for rank in here if rank % torch.cuda.device_count() == 0]
@@ -497,62 +483,53 @@ def plan_buffers(args, shapes, size, device):
     return buffers
 
 
-def lead(argv, size):
-    """What rank 0 does before the others begin. Every mistake of the user ends the job here."""
-    args = parse_args(argv)
-    device = set_up_device(args, size)
-    data = cifar.load_data(args, device, drop_last=True)
-    network = make_network(args, data.num_classes, args.block_size)
-    buffers = plan_buffers(args, network.shapes, size, device)
-    tested = copy.deepcopy(network).to(device, memory_format=torch.channels_last)
-    members = [Member(tested, n) for n in range(size)]
-    run = Run(args, data, fixed=["epochs"], model=tested, members=members)
-    if run.epoch == 0:
-        run.log(f"slowdown: {args.slowdown:.3f} of layer {args.slow_layer}")
-        stored = sum(buffer.num_bytes() for buffer in buffers)
-        plain = sum(buffer.uncompressed_bytes() for buffer in buffers)
-        factor = f", {plain / stored:.2f} times fewer than uncompressed float32" if buffers else ""
-        run.log(f"buffers: {len(buffers)} of {max(args.buffer, 1)} batches, {stored:,} bytes{factor}")
-    return args, device, data, network, tested, members, run
+def log_start(run, args, buffers):
+    run.log(f"slowdown: {args.slowdown:.3f} of layer {args.slow_layer}")
+    stored, plain = (sum(sizes) for sizes in zip((0, 0), *((b.num_bytes(), b.uncompressed_bytes()) for b in buffers)))
+    factor = f", {plain / stored:.2f} times fewer than uncompressed float32" if buffers else ""
+    run.log(f"buffers: {len(buffers)} of {max(args.buffer, 1)} batches, {stored:,} bytes{factor}")
 
 
 def main(argv=None):
-    store, rank, size = join()
-    if rank == 0:
-        args, device, data, network, tested, members, run = lead(argv, size)
-        meeting = {"arguments": vars(args), "num_classes": data.num_classes, "epoch_steps": len(data.train)}
-    else:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # rank 0 says what there is to say
-        if {"-h", "--help"} & {*(sys.argv if argv is None else argv)}:
-            return
-        meeting = transport.ask(store, rank)  # answered when rank 0 has found no mistake in the flags
-        args = argparse.Namespace(**meeting["arguments"])  # rank 0's: only it may see the checkpoint to resume
-        device = set_up_device(args, size)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        network = make_network(args, meeting["num_classes"], args.block_size)
-    parts = utils.to_device(nn.ModuleList([network.blocks[rank], network.auxiliary_nets[rank]]), args, device)
-    team = transport.Team(store, rank, size, meeting)
+    if os.environ.get("RANK", "0") in ("0", ""):
+        args = parse_args(argv)
+    elif {"-h", "--help"} & {*(sys.argv if argv is None else argv)}:
+        return  # rank 0 shows it
+    team = transport.Team()
     with team.guard():
-        testing = threading.Event()
-        shapes, last = network.shapes, rank == size - 1
-        inputs = Received(args, shapes[rank - 1], device, team) if rank else Images(data.train)
-        outputs = None if last else Sending(args, shapes[rank], device, team)
-        worker = Worker(
-            args, rank, parts, shapes[rank], meeting["epoch_steps"], device, inputs, outputs, testing.is_set
-        )
-        if rank == 0:
-            team.last_words = lambda: f"the last checkpoint: {run.last_checkpoint or 'none yet'}"
-            team.interruption = run.interruption
-            start, *others = [transport.pack(member.start() if run.epoch else {}) for member in members]
-            for other, packed in enumerate(others, start=1):
-                team.order(other, [packed])
-            team.thread(collect, args, team, run, tested, members, data.test, testing)
-        else:
-            (start,) = team.orders.get()
-        if state := transport.unpack(start):  # of a checkpoint
+        rank, size, testing, jobs = team.rank, team.size, threading.Event(), None
+        if rank == 0:  # every mistake of the user ends the job here, before the others begin
+            device = set_up_device(args, size)
+            data = cifar.load_data(args, device, drop_last=True)
+            network = make_network(args, data.num_classes, args.block_size)
+            buffers = plan_buffers(args, network.shapes, size, device)
+            tested = copy.deepcopy(network).to(device, memory_format=torch.channels_last)
+            members = [Member(tested, n) for n in range(size)]
+            run = utils.Run(args, data, fixed=["epochs"], model=tested, members=members)
+            if run.epoch == 0:
+                log_start(run, args, buffers)
+            if device.type == "cuda":
+                print("cifar_async.py has not been tried on a GPU yet", file=sys.stderr)
+            jobs = [(args, data.num_classes, len(data.train), member.state) for member in members]
+        job = team.scatter(jobs)
+        args, num_classes, epoch_steps, state = job  # rank 0's: only it may see the checkpoint to resume
+        if rank:
+            device = set_up_device(args, size)
+            network = make_network(args, num_classes, args.block_size)
+        parts = utils.to_device(nn.ModuleList([network.blocks[rank], network.auxiliary_nets[rank]]), args, device)
+        shapes, counts = network.shapes, collections.Counter()
+        inputs = Received(args, shapes[rank - 1], device, team, counts) if rank else Images(data.train)
+        outputs = Sending(args, shapes[rank], device, team, counts) if rank < size - 1 else None
+        ends = inputs, outputs, counts
+        worker = Worker(args, rank, parts, shapes[rank], epoch_steps, device, *ends, testing.is_set)
+        if state["epochs"]:
             worker.load_state_dict(state)
         if rank:
-            team.thread(inputs.receive, peer=rank - 1)
+            team.thread(inputs.receive)
+        else:
+            for other in range(1, size):
+                team.thread(team.hear, other, args.epochs - members[other].state["epochs"])
+            team.thread(collect, args, team, run, tested, members, data.test, testing)
         worker.run(team)
         team.close()
 

@@ -1,324 +1,297 @@
-"""Messages between the processes of a training job: batches from each rank to the next, and news to rank 0.
+"""What the ranks of a training job tell each other, over torch.distributed with Gloo: batches, and news to rank 0.
 
-They go over TCP sockets, which the processes find through torchrun's store. Each pair of processes that talk has a
-socket of its own, so a thread that blocks on one disturbs no other. When a process dies, the operating system closes
-its sockets at once, and its neighbours know who died. Rank 0 decides when the job ends, and says why: the other
-processes report to it and obey. Nothing is encrypted, as everywhere in torch.distributed. Only processes that know the
-job's token, which is in the store, are let in.
-
-A message is JSON and the raw bytes of tensors. Only torch.load with weights_only=True unpickles anything.
+Nobody waits for another rank's training, as threads always have receives posted. How a job ends early: each second,
+every rank adds to a number in torchrun's store. The first rank that fails says why and notes it there, and the others
+end in silence. If a rank is killed, connections to it break; if a machine is gone, its numbers stand still.
 """
 
+import collections
 import contextlib
-import io
-import json
+import datetime
+import ipaddress
+import itertools
 import os
 import queue
-import secrets
 import signal
 import socket
-import struct
 import sys
 import threading
 import time
 import traceback
+import uuid
+
+import utils
 
 import torch
+import torch.distributed as dist
 
-LENGTH = struct.Struct("!I")
-PATIENCE = 300  # seconds that all processes have to connect
-REASONS = 1  # second that rank 0 waits for the cause of a failure, after its first effect
-EXPLAINED, DIED, LOST = 2, 1, 0  # how good a reason is: the process's own, its silence, or a neighbour's
-
-# Messages
-
-
-def memory(tensor):
-    """The bytes of a dense CPU tensor, in memory order."""
-    return tensor.as_strided((tensor.numel(),), (1,)).view(torch.uint8).numpy()
+FOREVER = datetime.timedelta(days=365)  # may pass between two messages: a module may be slow
+SILENCE = 30  # seconds
+GONE = f"for {SILENCE} s: that machine has gone, or the network between has; --resume goes on from the last checkpoint"
+BATCH = 1  # tag of a batch; that of news is 0
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 
 
-def send(connection, content, tensors=()):
-    """Send JSON-compatible content, and tensors on any device. Returns the number of bytes sent."""
-    dense = [t if t.is_contiguous(memory_format=torch.channels_last) else t.contiguous() for t in tensors]
-    dense = [t.detach().cpu() for t in dense]  # keeps strides, so that the receiver's results are the same to the bit
-    kinds = [(str(t.dtype).removeprefix("torch."), t.shape, t.stride()) for t in dense]
-    header = json.dumps([content, kinds]).encode()
-    connection.sendall(LENGTH.pack(len(header)) + header)
-    for tensor in dense:
-        connection.sendall(memory(tensor))
-    return LENGTH.size + len(header) + sum(t.nbytes for t in dense)
+def join_job():
+    """(rank, address of each rank's machine, two connections to the job's store), from torchrun.
 
-
-def receive(connection):
-    """(content, tensors) of the next message. Raises an OSError if the other process has gone."""
-    header = bytearray(LENGTH.unpack(receive_into(connection, bytearray(LENGTH.size)))[0])
-    content, kinds = json.loads(receive_into(connection, header))
-    tensors = [torch.empty_strided(shape, stride, dtype=getattr(torch, dtype)) for dtype, shape, stride in kinds]
-    for tensor in tensors:
-        receive_into(connection, memory(tensor))
-    return content, tensors
-
-
-def receive_into(connection, target):
-    view = memoryview(target)
-    while view:
-        count = connection.recv_into(view)
-        if count == 0:
-            raise ConnectionError("the other process has gone")
-        view = view[count:]
-    return target
-
-
-def pack(state):
-    """A state dict as a tensor of bytes."""
-    file = io.BytesIO()
-    torch.save(state, file)
-    return torch.frombuffer(file.getbuffer(), dtype=torch.uint8)
-
-
-def unpack(packed):
-    """The state dict, on the CPU."""
-    return torch.load(io.BytesIO(packed.numpy()), map_location="cpu", weights_only=True)
-
-
-# Processes
-
-
-def ask(store, rank):
-    """Rank 0's `meeting`: how to find it, and what it has to tell everybody.
-
-    The store may still hold questions and answers of an earlier attempt.
+    Without it, this process is alone.
     """
-    question = secrets.token_hex(16)
-    store.set(f"question {rank}", question)
-    while not store.check([f"answer {question}"]):  # rank 0 may be downloading the data
-        time.sleep(0.1)
-    return json.loads(store.get(f"answer {question}"))
+    names = ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
+    if not any(os.environ.get(name) for name in names[:2]):
+        return 0, [""], dist.HashStore(), dist.HashStore()
+    *numbers, host = (os.environ.get(name, "") for name in names)
+    rank, size, port = (int(number) if number.isdecimal() else -1 for number in numbers)
+    if not 0 <= rank < size or not 0 <= port < 2**16 or not host:
+        given = " ".join(f"{name}={os.environ.get(name, '')}" for name in names)
+        utils.fail(f"the environment says only in part who takes part in this job ({given}): start with torchrun")
+    servers = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True", False
+    try:
+        stores = [dist.TCPStore(host, port, is_master=server, wait_for_workers=False) for server in servers]
+        prefix = meet(stores[0], rank, size)
+        stores = [dist.PrefixStore(prefix, store) for store in stores]
+        addresses = choose_interface(stores[0], rank, size, host)
+    except (dist.DistError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        utils.fail(f"no connection to the job at {host}:{port} ({reason}): does --master-addr lead there from here?")
+    return rank, addresses, *stores
 
 
-def answer(store, ranks, answered, meeting):
-    """Answer these ranks' questions, if they are not in `answered`."""
-    for rank in ranks:
-        if store.check([f"question {rank}"]) and (question := store.get(f"question {rank}").decode()) not in answered:
-            answered.add(question)
-            store.set(f"answer {question}", json.dumps(meeting))
+def meet(store, rank, size):
+    """A prefix for this start of the job: torchrun's store may still hold what an earlier one has written.
+
+    Each rank asks under a name that no earlier process had, and rank 0 answers until all have the prefix.
+    """
+    name = uuid.uuid4().hex
+    if rank:
+        store.set(f"question {rank}", name)
+        prefix = store.get(f"answer {name}").decode()
+        store.add(f"{prefix} arrived", 1)
+        return prefix
+    while store.add(f"{name} arrived", 0) < size - 1:
+        for question in [f"question {other}" for other in range(1, size)]:
+            if store.check([question]):  # perhaps an earlier process's: the answer does no harm
+                store.set(f"answer {store.get(question).decode()}", name)
+        time.sleep(0.05)
+    return name
 
 
-def own_host():
-    """This machine's address in the network that connects torchrun's nodes."""
-    master = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
-    family, kind, _, _, address = socket.getaddrinfo(*master, socket.AF_INET, socket.SOCK_DGRAM)[0]
+def choose_interface(store, rank, size, master):
+    """Let Gloo use the network interface that leads to the other machines, unless GLOO_SOCKET_IFNAME names one.
+
+    Gloo would take the address that the host's name has: on a stock Debian or Ubuntu, the loopback. Returns the address
+    of each rank's machine.
+    """
+    import psutil  # only needed here
+
+    own = address_towards(master)
+    store.set(f"address {rank}", own)
+    addresses = [store.get(f"address {other}").decode() for other in range(size)]
+    if (others := {*addresses} - {own}) and ipaddress.ip_address(
+        own
+    ).is_loopback:  # the master is a name, and this is its machine
+        own = address_towards(min(others))
+    for interface, found in psutil.net_if_addrs().items():
+        if own in {item.address.split("%")[0] for item in found}:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
+    return addresses
+
+
+def address_towards(host):
+    """This machine's address in the network that leads to a host."""
+    family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
     with socket.socket(family, kind) as probe:
-        probe.connect(address)  # sends nothing, only chooses the interface
-        return probe.getsockname()[0]
-
-
-def call(meeting, rank, address):
-    """Connect to the process at the meeting's address, and tell it this one's rank and address."""
-    connection = keep_alive(socket.create_connection(tuple(meeting["address"]), PATIENCE))
-    connection.sendall(meeting["token"].encode())
-    send(connection, [rank, address])
-    return connection
+        probe.connect(target)  # sends nothing, only asks for the way
+        return probe.getsockname()[0].split("%")[0]
 
 
 class Team:
-    """This process's connections to the previous and the next rank, and to rank 0 (on rank 0: to all others).
+    """What this process, one of the job's ranks, has to do with the others.
 
     Attributes:
-        news: on rank 0, a queue of (rank, content, tensors) from all ranks' `report`, in order of arrival.
-        over: set once rank 0 has called `finish`. From then on, nothing counts as a failure.
-        previous, next: connections to the ranks before and after this one, or None.
-        last_words: on rank 0, a function that returns what to add to the message about a failure.
-        interruption: on rank 0, a function that returns the message about Ctrl-C.
+        news: on rank 0, a queue of (rank, content) from all ranks' `report`, in order of arrival.
+        done: on rank 0, an event to be set at the end of the job.
     """
 
-    def __init__(self, store, rank, size, meeting):
-        self.rank, self.size, self.threads = rank, size, []
-        self.news, self.orders, self.over = queue.SimpleQueue(), queue.SimpleQueue(), threading.Event()
-        self.lock, self.ending, self.reasons, self.last_words = threading.Lock(), threading.Lock(), [], str
-        self.interruption = lambda: "Interrupted before this run finished an epoch."
-        self.staff = {}  # rank -> connection for news and orders: on rank 0 to all others, on these to rank 0
-        self.previous = self.next = None
-        if size > 1:
-            self.connect(store, meeting)
+    def __init__(self):
+        self.rank, self.addresses, self.store, self.store_of_gloo = join_job()
+        self.size = len(self.addresses)
+        self.news, self.threads, self.over, self.speaking = queue.SimpleQueue(), [], None, threading.Lock()
+        self.done, self.closing, self.heard = threading.Event(), threading.Event(), threading.Event()
+        self.store.set("checkpoint", "none yet")
         signal.signal(signal.SIGINT, signal.default_int_handler)
-
-    def connect(self, store, meeting):
-        with socket.create_server((own_host(), 0), backlog=self.size) as server:
-            address = server.getsockname()
-            if self.rank == 0:
-                addresses = self.gather(store, server, meeting)
-                for other in self.staff:
-                    self.tell(other, addresses[other + 1 : other + 2])
-                following = addresses[1:2]
-            else:
-                self.staff[0] = call(meeting, self.rank, address)
-                following, _ = receive(self.staff[0])
+        if self.size > 1:
             signal.signal(signal.SIGTERM, self.terminated)
-            for other in self.staff:  # now, because rank 0 may train and fail before this rank gets there
-                self.thread(self.listen, other)
-            if following:
-                self.next = call({**meeting, "address": following[0]}, self.rank, address)
-            if self.rank:
-                server.settimeout(PATIENCE)
-                self.previous = self.accept(server, meeting)[0]
+        self.thread(self.beat)
+        self.thread(self.watch)
 
-    def gather(self, store, server, meeting):
-        """On rank 0: wait until all others have connected. Returns their addresses, by rank."""
-        meeting.update(address=server.getsockname(), token=secrets.token_hex(16))
-        addresses, answered, patience = [None] * self.size, set(), time.monotonic() + PATIENCE
-        server.settimeout(0.1)
-        while missing := [*{*range(1, self.size)} - self.staff.keys()]:
-            if time.monotonic() > patience:
-                raise SystemExit(f"There is no connection from ranks {missing} after {PATIENCE} seconds")
-            answer(store, missing, answered, meeting)
-            with contextlib.suppress(TimeoutError):
-                connection, other, addresses[other] = self.accept(server, meeting)
-                self.staff[other] = connection
-        return addresses
-
-    def accept(self, server, meeting):
-        """(connection, rank, address) of the next process that knows the token."""
-        while True:
-            connection = server.accept()[0]
-            with contextlib.suppress(OSError):  # a stranger that has gone again
-                connection.settimeout(PATIENCE)
-                token = receive_into(connection, bytearray(len(meeting["token"])))
-                if secrets.compare_digest(bytes(token), meeting["token"].encode()):
-                    (other, address), _ = receive(connection)
-                    return keep_alive(connection), other, address
-            connection.close()
-
-    def thread(self, function, *arguments, peer=None):
-        """Start a thread. An OSError in it is blamed on the peer that it talks to."""
-
+    def thread(self, function, *arguments):
         def guarded():
-            with self.guard(peer):
+            with self.guard():
                 function(*arguments)
 
         self.threads.append(threading.Thread(target=guarded, daemon=True))
         self.threads[-1].start()
 
-    def tell(self, other, content, tensors=()):
-        with self.lock, contextlib.suppress(OSError):  # if the other has gone, `listen` says so
-            send(self.staff[other], content, tensors)
+    def scatter(self, contents):
+        """Connect all ranks, waiting for the last one. Returns this rank's item of the contents, rank 0's list."""
+        try:
+            dist.init_process_group("gloo", None, FOREVER, self.size, self.rank, self.store_of_gloo)
+        except RuntimeError as error:
+            interface, reason = os.environ.get("GLOO_SOCKET_IFNAME"), str(error).splitlines()[0]
+            advice = "set GLOO_SOCKET_IFNAME on each machine to the one that leads to the others"
+            self.end(f"Rank {self.rank} cannot connect over the network interface {interface} ({reason}): {advice}")
+        received = [None]
+        with self.blame("A rank", 3):
+            dist.scatter_object_list(received, contents)
+        return received[0]
 
-    def report(self, content, tensors=()):
+    def report(self, content):
         """Send rank 0 news."""
-        if self.rank:
-            self.tell(0, {"news": content}, tensors)
-        else:
-            self.news.put((0, content, tensors))
+        if self.rank == 0:
+            return self.news.put((0, content))
+        with self.blame("Rank 0"):
+            dist.send_object_list([content], 0)
 
-    def order(self, other, tensors):
-        """On rank 0: put tensors into the `orders` of `other`."""
-        self.tell(other, {"order": True}, tensors)
+    def hear(self, other, count):
+        """On rank 0, a thread: so many news from `other`."""
+        for _ in range(count):
+            received = [None]
+            with self.blame(f"Rank {other}"):
+                dist.recv_object_list(received, other)
+            self.news.put((other, *received))
 
-    def listen(self, other):
-        """The thread that handles what `other` sends."""
-        while True:
-            try:
-                content, tensors = receive(self.staff[other])
-            except OSError:
-                if self.rank == 0:
-                    return self.end(f"Rank {other} died", DIED)
-                if not self.over.is_set():
-                    complain(f"Rank 0 died: rank {self.rank} ends too")
-                    os._exit(1)
-                return None
-            if "news" in content:
-                self.news.put((other, content["news"], tensors))
-            elif "order" in content:
-                self.orders.put(tensors)
-            elif "reason" in content:
-                self.end(content["reason"], content["quality"])
-            elif "finish" in content:
-                self.over.set()
-            else:
-                os._exit(1)
+    def send(self, message):
+        with self.blame(f"Rank {self.rank + 1}"):
+            dist.send(message.memory, self.rank + 1, tag=BATCH)
 
-    def finish(self):
-        """On rank 0: tell everybody that the job is done."""
-        with self.ending:
-            self.over.set()
-        for other in self.staff:
-            self.tell(other, {"finish": True})
+    def batches(self, messages, may_receive=lambda: None):
+        """The tensors of each message from the previous rank, valid until the next one is asked for.
+
+        Args:
+            messages: all but one of them have a receive posted while the batch is used.
+            may_receive: called before a receive is posted.
+        """
+        posted = collections.deque()
+        for message in itertools.cycle(messages):
+            may_receive()
+            with self.blame(f"Rank {self.rank - 1}"):
+                posted.append((dist.irecv(message.memory, self.rank - 1, tag=BATCH), message))
+                if len(posted) < len(messages):
+                    continue
+                work, received = posted.popleft()
+                work.wait()
+            if received.number < 0:
+                return
+            yield received.tensors
+
+    def finished(self):
+        """Whether rank 0 has set `done`, and all others have called this. It does not wait."""
+        if self.over is None and (self.rank or self.done.is_set()):
+            self.over = dist.barrier(async_op=True)
+        if self.over is None or not self.over.is_completed():
+            return False
+        with self.blame("A rank", 3):
+            self.over.wait()
+        return True
 
     def close(self):
-        """Call when the job is over: ends all threads. Rank 0 waits until all others have left."""
-        for connection in filter(None, (self.previous, self.next, *(self.staff.values() if self.rank else ()))):
-            with contextlib.suppress(OSError):
-                connection.shutdown(socket.SHUT_RDWR)
+        """End all threads, when the job is over."""
+        self.closing.set()
         for thread in self.threads:
-            thread.join(PATIENCE)
+            thread.join()
+        dist.barrier()  # the store may be rank 0's
+        dist.destroy_process_group()
 
-    # Failures
+    # A job that ends early
 
     @contextlib.contextmanager
-    def guard(self, peer=None):
+    def guard(self):
         """Whatever goes wrong inside ends the job."""
         try:
             yield
         except KeyboardInterrupt:
             self.interrupted()
+        except SystemExit as stop:
+            if isinstance(stop.code, str):
+                self.end(stop.code)
+            self.closing.set()
+            self.last_words()  # this process has said everything
+            raise
         except BaseException as error:
-            if peer is not None and isinstance(error, OSError):
-                return self.end(f"Rank {self.rank} lost its connection to rank {peer}", LOST)
-            if not isinstance(error, SystemExit):
-                traceback.print_exc()
-                error = f"Rank {self.rank} failed: {type(error).__name__}: {error}"
-            self.end(str(error))
-            time.sleep(10 * REASONS)  # in which rank 0 ends this process
+            traceback.print_exc()
+            self.end(f"Rank {self.rank} failed: {type(error).__name__}: {error}")
+
+    @contextlib.contextmanager
+    def blame(self, who, patience=1):
+        """A connection that breaks inside is somebody's death, unless they give a better reason in so many seconds."""
+        try:
+            yield
+        except RuntimeError:
+            time.sleep(patience)
+            self.end(f"{who} died")
+
+    def end(self, reason):
+        """End this process, and so the job. Only the first rank that does it gives its reason."""
+        with self.speaking:
+            if words := self.last_words():
+                complain(f"{reason}; {words}".replace("checkpoint; the last checkpoint", "checkpoint"))
             os._exit(1)
 
-    def end(self, reason, quality=EXPLAINED):
-        """End the job. Rank 0 waits a moment first: a better reason than the first one may arrive."""
-        if self.over.is_set():
-            return
-        if self.rank:
-            return self.tell(0, {"reason": reason, "quality": quality})
-        with self.ending:
-            self.reasons.append((quality, reason))
-            if len(self.reasons) == 1:
-                threading.Thread(target=self.end_all, daemon=True).start()
-
-    def end_all(self):
-        time.sleep(REASONS)
-        with self.ending:
-            if not self.over.is_set():
-                best = max(quality for quality, _ in self.reasons)
-                reasons = "; ".join(dict.fromkeys(reason for quality, reason in self.reasons if quality == best))
-                words = self.last_words()
-                complain(reasons if words in reasons else f"{reasons}; {words}")
-                self.dismiss()
-                os._exit(1)
+    def last_words(self):
+        """What to add to the reason, if this is the first rank that ends; otherwise None."""
+        try:
+            if self.store.add("ended", 1) == 1:
+                return f"the last checkpoint: {self.store.get('checkpoint').decode()}"
+        except RuntimeError:
+            return None if LOCAL_RANK else "and torchrun's store is gone"
 
     def interrupted(self):
-        """Ctrl-C: rank 0 prints a line about it. The exit status is that of the signal."""
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        """Ctrl-C: rank 0 says how to go on, if there is no other reason. The exit status is that of the signal."""
         if self.rank:
+            time.sleep(1)
             self.end(f"Rank {self.rank} was interrupted")
-        else:
-            self.ending.acquire()  # for good, so that no other message follows
-            complain(f"\n{self.interruption()}")
-            self.dismiss()
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
-        os.kill(os.getpid(), signal.SIGINT)
+        with self.speaking:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            if self.last_words():
+                sys.excepthook(KeyboardInterrupt)
+            os.kill(os.getpid(), signal.SIGINT)
 
     def terminated(self, *_):
-        """SIGTERM: torchrun sends it when a process has failed. Rank 0 says so meanwhile, and ends this process."""
-        timer = threading.Timer(5 * REASONS, os.kill, (os.getpid(), signal.SIGINT))
+        """SIGTERM, which torchrun sends when a rank has failed: that one says so meanwhile, and ends this process."""
+        timer = threading.Timer(5, os.kill, (os.getpid(), signal.SIGINT))
         timer.daemon = True
         timer.start()
 
-    def dismiss(self):
-        """On rank 0: end all other processes, whatever their main threads are doing."""
-        self.lock.acquire(timeout=REASONS)
-        for connection in self.staff.values():
-            with contextlib.suppress(OSError):
-                connection.settimeout(REASONS)
-                send(connection, {"end": True})
+    def beat(self):
+        """A thread: a sign of life each second. It ends this process if another rank has ended, or is silent."""
+        beats = silent = [0] * self.size
+        with contextlib.suppress(RuntimeError):  # the store is gone: `watch` says so
+            while not self.closing.wait(1):
+                before = beats
+                beats = [self.store.add(f"beat {rank}", int(rank == self.rank)) for rank in range(self.size)]
+                silent = [seconds + 1 if old == new else 0 for seconds, old, new in zip(silent, before, beats)]
+                self.heard.set()
+                gone = {rank for rank, seconds in enumerate(silent) if seconds >= SILENCE}
+                if gone:
+                    machines = {self.addresses[rank] for rank in gone} - {self.addresses[self.rank]}
+                    who = ", ".join(sorted(machines)) or f"rank {min(gone)}"
+                    self.end(f"Nothing has been heard from {who} {GONE}")
+                if self.store.add("ended", 0) and not self.closing.is_set():
+                    with self.speaking:
+                        os._exit(1)
+
+    def watch(self):
+        """A thread that ends this process if `beat` waits for the store forever: its connection may just be silent."""
+        silent = 0
+        while not self.closing.is_set():
+            silent = 0 if self.heard.wait(1) else silent + 1
+            self.heard.clear()
+            if silent >= SILENCE:
+                if LOCAL_RANK == 0:  # speaks for this machine
+                    complain(f"Nothing has been heard from {os.environ['MASTER_ADDR']} {GONE}")
+                time.sleep(1)
+                os._exit(1)
 
 
 def complain(line):
@@ -326,48 +299,46 @@ def complain(line):
     print(f"{line}\n", end="", file=sys.stderr, flush=True)
 
 
-def keep_alive(connection):
-    """Let the connection notice a machine that is switched off, by probing it after 10 seconds of silence."""
-    connection.settimeout(None)
-    connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4)):
-        if hasattr(socket, option):  # not on all systems
-            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
-    return connection
+class Message:
+    """A batch as it is sent: one piece of CPU memory, pinned for a GPU, with a number and tensors like these in it."""
+
+    def __init__(self, tensors, device):
+        sizes = [8, *(tensor.nbytes for tensor in tensors)]
+        self.memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        number, *parts = self.memory.split(sizes)
+        self.number = number.view(torch.int64)  # of the batch; -1: there are no more
+        self.tensors = [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors)]
 
 
-class Outbox:
-    """A thread that sends messages to the next rank. `put` never waits: it replaces a message that has not left yet.
+class Copies:
+    """Copies between a GPU and the CPU, on a stream of their own, so that they wait for nothing but their tensors.
 
-    With a `window`, `put` waits instead, and no message is lost. At most `window` messages are under way that the next
-    rank has not acknowledged with a byte. `sent` and `dropped` count messages; `bytes` counts what was sent.
+    On a CPU, torch's streams and events do nothing.
     """
 
-    def __init__(self, team, window=0):
-        self.team, self.window, self.waiting, self.changed = team, window, None, threading.Condition()
-        self.sent = self.dropped = self.bytes = 0
-        team.thread(self.run, peer=team.rank + 1)
+    def __init__(self, device):
+        self.device, self.api = device, torch.get_device_module(device)
+        self.stream = self.api.Stream(device)
 
-    def put(self, *tensors):
-        with self.changed:
-            while self.window and self.waiting:
-                self.changed.wait()
-            self.dropped += self.waiting is not None
-            self.waiting = tensors
-            self.changed.notify_all()
+    def event(self):
+        """All that the current stream has been given so far."""
+        event = self.api.Event()
+        event.record()
+        return event
 
-    def run(self):
-        while True:
-            with self.changed:
-                while self.waiting is None:
-                    self.changed.wait(0.1)
-                    if self.team.over.is_set():
-                        return
-                tensors, self.waiting = self.waiting, None
-                self.changed.notify_all()
-            size = send(self.team.next, None, tensors)
-            with self.changed:
-                self.sent, self.bytes = self.sent + 1, self.bytes + size
-            if self.window and self.sent >= self.window:
-                receive_into(self.team.next, bytearray(1))
+    def to_cpu(self, sources, targets, computed):
+        with self.api.stream(self.stream):
+            computed.wait()
+            for source, target in zip(sources, targets):
+                target.copy_(source, non_blocking=True)
+            copied = self.event()
+        copied.synchronize()
+
+    def to_device(self, sources):
+        with self.api.stream(self.stream):
+            tensors = [source.to(self.device, non_blocking=True) for source in sources]
+            copied = self.event()
+        copied.synchronize()
+        for tensor in tensors if self.device.type == "cuda" else []:  # its memory is free when this stream has read it
+            tensor.record_stream(self.api.current_stream(self.device))
+        return tensors
