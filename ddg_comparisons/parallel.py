@@ -59,9 +59,9 @@ def parse_args(argv=None):
         models.cut(args.depth, args.num_splits)
     except ValueError as error:
         parser.error(error)
-    if (size := int(os.environ.get("WORLD_SIZE", 1))) != args.num_splits:
-        start = f"torchrun --standalone --nproc_per_node={args.num_splits} parallel.py"
-        parser.error(f"{args.num_splits} modules need {args.num_splits} processes, not {size}: start with {start}")
+    if os.environ.get("WORLD_SIZE") != str(K := args.num_splits):
+        start = f"torchrun --standalone --nproc_per_node={K} parallel.py"
+        parser.error(f"--num_splits {K} needs {K} processes: start with {start}")
     if args.method == "backprop" and args.precision == "fp16":
         parser.error("backprop in fp16 has one loss scaler for all modules: choose --precision bf16")
     return args
@@ -197,6 +197,8 @@ class Module:
         self.train(self, batches)
         for wire in filter(None, (self.outputs, self.back)):
             wire.flush()
+        if self.gradients:
+            self.gradients.look()  # nothing is under way between passes
 
     def scale(self):
         """Of the loss: 1 except in fp16. Each module has its own, so gradients are passed unscaled."""

@@ -1,0 +1,210 @@
+"""Images/s and peak memory of parallel.py's four methods, one module a process (Section 5.3, arXiv 1901.08164).
+
+    python benchmark.py                                   # ResNet-110, K = 2, on two CPU cores
+    python benchmark.py --num_splits 4                    # on as many GPUs, or CPU cores
+    python benchmark.py --links none 1gbit 100mbit        # also with slow links between the ranks: Linux, as root
+
+Starts K ranks, which train the same network on the same random batch by all methods in turn, --rounds times. A figure
+is the median. A round's speed is that of the last rank, without the first steps, in which the pipeline fills. With
+--links, each rank has a network namespace, as if on a machine of its own, and `tc` limits what it sends.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import itertools
+import os
+import re
+import statistics
+import subprocess
+import tempfile
+import time
+
+import utils
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+import models
+import parallel
+
+os.environ["KINETO_LOG_LEVEL"] = "99"  # of the profiler, which measures memory
+WARM_UP = 3  # steps of a round that are not measured
+DEVICE = "ddg0"  # the name, in its namespace, of each rank's way out
+
+
+def link(text):
+    if not re.fullmatch(r"none|[1-9]\d*[kmg]bit", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rate such as 1gbit or 100mbit, and not none")
+    return text
+
+
+def parse_args(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.error = lambda message: utils.fail(f"{message} (see --help)")
+    add = parser.add_argument
+    add("--methods", nargs="+", choices=parallel.METHODS, default=[*parallel.METHODS], help="all four")
+    add("--num_splits", type=utils.at_least(2), default=2, metavar="K", help="modules, and ranks: 2")
+    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet, 6n+2: 110")
+    add("--batch-size", type=utils.at_least(2), default=128, help="images in a batch: 128")
+    add("--steps", type=utils.at_least(1), default=8, help="measured in a round: 8")
+    add("--rounds", type=utils.at_least(1), default=5, help="5")
+    add("--threads", type=utils.at_least(1), default=1, help="of a rank on a CPU: 1")
+    add("--links", nargs="+", type=link, default=[], help="rates of what a rank sends, such as 1gbit; none: unlimited")
+    add("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the forward passes: fp32")
+    add("--no-cuda", action="store_true", help="use the CPU even if there are GPUs")
+    parser.set_defaults(seed=0, compile=False, bn_init="ones")
+    args = parser.parse_args(argv)
+    try:
+        models.cut(args.depth, args.num_splits)
+    except ValueError as error:
+        parser.error(error)
+    args.cuda = torch.cuda.is_available() and not args.no_cuda
+    if args.cuda and torch.cuda.device_count() < args.num_splits:
+        parser.error(f"--num_splits {args.num_splits}: this machine has {torch.cuda.device_count()} GPUs; or --no-cuda")
+    if args.links:
+        needed = "ip link add a0 type veth peer name a1; ip link add b0 type bridge; tc qdisc add dev a0 root "
+        try:
+            command = ["unshare", "--net", "sh", "-ec", needed + limit("1gbit")]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            said = (getattr(error, "stderr", None) or str(error)).strip()
+            parser.error(f"--links needs Linux, root, and the commands ip, tc and unshare: {said}")
+    return args
+
+
+class Rank:
+    """What all methods share on a rank."""
+
+    def __init__(self, args, rank):
+        self.args, self.rank, self.last = args, rank, args.num_splits - 1
+        self.device = torch.device("cuda", rank) if args.cuda else torch.device("cpu")
+        images = torch.randn(args.batch_size, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        self.images = images.to(self.device, memory_format=torch.channels_last)
+        self.labels = (torch.arange(args.batch_size) % 10).to(self.device)
+
+    def module(self, method):
+        args = argparse.Namespace(**{**vars(self.args), "method": method})
+        torch.manual_seed(0)
+        return parallel.Module(args, parallel.make_network(args, 10, self.device), self.device)
+
+    def images_per_second(self, module):
+        steps, marks = WARM_UP + self.args.steps, []
+
+        def marked(batches):
+            for i, batch in enumerate(batches, start=1):
+                yield batch
+                if i in (WARM_UP, steps):
+                    marks.append(self.clock())
+
+        dist.barrier()
+        module.train_epoch(marked(self.batches(module, steps)))
+        dist.barrier()
+        return self.args.steps * self.args.batch_size / (marks[1] - marks[0])
+
+    def batches(self, module, steps):
+        if self.rank:
+            return module.receive([self.labels] * steps)
+        return ((self.images.clone(), self.labels) for _ in range(steps))
+
+    def clock(self):
+        if self.args.cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    def peak_memory(self, module):
+        """The most bytes that a new module has allocated at a time, beyond network and optimizer."""
+        steps = self.args.num_splits + 1  # the delays are full then
+        if self.args.cuda:
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            module.train_epoch(self.batches(module, steps))
+            return torch.cuda.max_memory_allocated() - before
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+            module.train_epoch(self.batches(module, steps))
+        events = (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
+        sizes = (size for _, size in sorted((e.start_ns(), e.nbytes()) for e in events))  # negative: freed
+        return max(itertools.accumulate(sizes))
+
+
+def work(rank, args, folder, results):
+    """A rank: all methods in turn, on each link. The last one puts the figures into `results`."""
+    utils.setup(args)
+    if args.links:
+        plug_in(dist.FileStore(f"{folder}/network"), rank, args.num_splits)
+    if args.cuda:
+        torch.cuda.set_device(rank)
+    backend = "cpu:gloo,cuda:nccl" if args.cuda else "gloo"
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=args.num_splits)
+    here, modules, memory, rates = Rank(args, rank), {}, {}, {}
+    for method in args.methods:
+        modules[method], memory[method] = here.module(method), [None] * args.num_splits
+        dist.all_gather_object(memory[method], here.peak_memory(modules[method]))
+    for rate in args.links or ["none"]:
+        if args.links:
+            subprocess.run(["tc", "qdisc", "del", "dev", DEVICE, "root"], capture_output=True)  # if there is one
+        if rate != "none":
+            do(f"tc qdisc add dev {DEVICE} root {limit(rate)}")
+        for _, method in itertools.product(range(args.rounds), args.methods):
+            rates.setdefault((rate, method), []).append(here.images_per_second(modules[method]))
+    dist.destroy_process_group()
+    if rank == here.last:
+        results.put((rates, memory))
+
+
+# Slow links
+
+
+def limit(rate):
+    # The bucket holds more than the largest piece (64 KiB) that the kernel hands over; the queue does not overflow
+    return f"tbf rate {rate} burst 256kb limit 16mb"
+
+
+def plug_in(store, rank, count):
+    """Move this process into a network namespace of its own, one of `count`. Rank 0's has the switch.
+
+    The kernel removes a namespace with its last process.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.unshare(0x40000000):  # CLONE_NEWNET
+        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
+    if rank == 0:
+        do(f"ip link add {DEVICE} type bridge")
+        for other in range(1, count):
+            do(f"ip link add port{other} type veth peer name {DEVICE} netns {store.get(f'pid {other}').decode()}")
+            do(f"ip link set port{other} master {DEVICE} up")
+        store.set("plugged in", "")
+    else:
+        store.set(f"pid {rank}", str(os.getpid()))
+        store.get("plugged in")
+    do(f"ip address add 10.0.0.{rank + 1}/24 dev {DEVICE}")
+    do(f"ip link set {DEVICE} up")
+    # Also on GPUs, all goes through the link
+    os.environ.update(GLOO_SOCKET_IFNAME=DEVICE, NCCL_SOCKET_IFNAME=DEVICE, NCCL_P2P_DISABLE="1", NCCL_SHM_DISABLE="1")
+
+
+def do(command):
+    subprocess.run(command.split(), check=True)
+
+
+def main(argv=None):
+    args = parse_args(argv)
+    chip = torch.cuda.get_device_name() if args.cuda else f"CPU, {args.threads} threads a rank"
+    print(f"ResNet-{args.depth}, K = {args.num_splits}, {args.batch_size} images, {chip}, torch {torch.__version__}")
+    results = mp.get_context("spawn").SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(work, (args, folder, results), args.num_splits)
+    rates, memory = results.get()
+    print("| link | | images/s | lowest to highest | against DDG | peak MiB by rank |\n|---|---|---|---|---|---|")
+    for (rate, method), values in rates.items():
+        ratio = ""
+        with contextlib.suppress(KeyError):
+            ratio = f"{statistics.median(a / b for a, b in zip(values, rates[rate, 'ddg'])):.2f}"
+        peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in memory[method])
+        spread = f"{min(values):.1f} to {max(values):.1f}"
+        print(f"| {rate} | {method} | {statistics.median(values):.1f} | {spread} | {ratio} | {peaks} |")
+
+
+if __name__ == "__main__":
+    main()
