@@ -89,7 +89,7 @@ class Rank:
         torch.manual_seed(0)
         return parallel.Module(args, parallel.make_network(args, 10, self.device), self.device)
 
-    def images_per_second(self, module):
+    def images_per_second(self, method, module):
         steps, marks = WARM_UP + self.args.steps, []
 
         def marked(batches):
@@ -99,7 +99,7 @@ class Rank:
                     marks.append(self.clock())
 
         dist.barrier()
-        module.train_epoch(marked(self.batches(module, steps)))
+        parallel.train_epoch(method, module, marked(self.batches(module, steps)))
         dist.barrier()
         return self.args.steps * self.args.batch_size / (marks[1] - marks[0])
 
@@ -113,16 +113,16 @@ class Rank:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def peak_memory(self, module):
+    def peak_memory(self, method, module):
         """The most bytes that a new module has allocated at a time, beyond network and optimizer."""
         steps = self.args.num_splits + 1  # the delays are full then
         if self.args.cuda:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
-            module.train_epoch(self.batches(module, steps))
+            parallel.train_epoch(method, module, self.batches(module, steps))
             return torch.cuda.max_memory_allocated() - before
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-            module.train_epoch(self.batches(module, steps))
+            parallel.train_epoch(method, module, self.batches(module, steps))
         events = (e for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]")
         sizes = (size for _, size in sorted((e.start_ns(), e.nbytes()) for e in events))  # negative: freed
         return max(itertools.accumulate(sizes))
@@ -140,14 +140,14 @@ def work(rank, args, folder, results):
     here, modules, memory, rates = Rank(args, rank), {}, {}, {}
     for method in args.methods:
         modules[method], memory[method] = here.module(method), [None] * args.num_splits
-        dist.all_gather_object(memory[method], here.peak_memory(modules[method]))
+        dist.all_gather_object(memory[method], here.peak_memory(method, modules[method]))
     for rate in args.links or ["none"]:
         if args.links:
             subprocess.run(["tc", "qdisc", "del", "dev", DEVICE, "root"], capture_output=True)  # if there is one
         if rate != "none":
             do(f"tc qdisc add dev {DEVICE} root {limit(rate)}")
         for _, method in itertools.product(range(args.rounds), args.methods):
-            rates.setdefault((rate, method), []).append(here.images_per_second(modules[method]))
+            rates.setdefault((rate, method), []).append(here.images_per_second(method, modules[method]))
     dist.destroy_process_group()
     if rank == here.last:
         results.put((rates, memory))

@@ -30,14 +30,14 @@ import utils
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-import wires
 from tqdm import tqdm
 
 import cifar
 import cifar_ddg
-import cifar_dgl
 import cifar_features_replay
 import models
+import wires
+from module import SCRIPTS, Module, parts
 
 
 def parse_args(argv=None):
@@ -144,99 +144,20 @@ def train_last(m, batches):
         m.meter.update(loss, logits, labels)
 
 
-# Each with the script that has its optimizers and test. SGD treats each weight alone: backprop may have K, as DDG has.
+# How a module below the last trains, and the last one
 METHODS = {
-    "dgl": (cifar_dgl, train_dgl),
-    "ddg": (cifar_ddg, train_ddg),
-    "fr": (cifar_features_replay, train_fr),
-    "backprop": (cifar_ddg, train_backprop),
+    "dgl": (train_dgl, train_dgl),
+    "ddg": (train_ddg, train_last),
+    "fr": (train_fr, train_last),
+    "backprop": (train_backprop, train_last),
 }
 
 
-class Module:
-    """What this rank trains: one module of the network, and its wires to the ranks of its neighbours.
-
-    Attributes:
-        late: by how many iterations DDG and FR delay its backward pass, K-1-n.
-        delays: as in the one-process script. Of it, this rank uses its own module's share.
-        inputs, outputs: wires from module n-1 and to module n+1; gradients, back: the opposite ones. None if missing.
-    """
-
-    def __init__(self, args, model, device):
-        script, train = METHODS[args.method]
-        self.n, self.device, last = dist.get_rank(), device, args.num_splits - 1
-        self.train = train_last if self.n == last and args.method != "dgl" else train
-        self.parts = parts(model, self.n)
-        self.block, self.auxiliary_net = self.parts[0], self.parts[-1]
-        self.optimizer, self.scaler = script.make_optimizers(model)[self.n], cifar.grad_scaler(args, device)
-        self.autocast, self.meter = utils.autocast(args, device), cifar.Meter(device)
-        self.one, self.late, self.delays = torch.ones((), device=device), last - self.n, None
-        if args.method == "ddg":
-            self.delays = cifar_ddg.Delays(model, self.autocast)
-        elif args.method == "fr":
-            self.delays = cifar_features_replay.Delays(model)
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision, torch.float32)
-        _, shapes = models.blocks(args.depth, args.num_splits)
-        up, down = [], []
-        for n, shape in enumerate(shapes[:-1]):
-            up.append(wires.Wire(n, n + 1, shape, dtype, device))
-            down.append(wires.Wire(n + 1, n, shape, torch.float32, device) if args.method != "dgl" else None)
-        self.inputs, self.outputs = [None, *up][self.n], [*up, None][self.n]
-        self.gradients, self.back = [*down, None][self.n], [None, *down][self.n]
-
-    def receive(self, labels):
-        """Yield (input, labels) of each batch of a pass, given the labels of all. Not on rank 0."""
-        for i, own in enumerate(labels):
-            for later in labels[i + len(self.inputs.coming) : i + wires.SLOTS]:
-                self.inputs.expect(len(later))
-            yield self.inputs.receive().requires_grad_(self.back is not None), own.to(self.device)
-
-    def train_epoch(self, batches):
-        for part in self.parts:
-            part.train()
-        self.train(self, batches)
-        for wire in filter(None, (self.outputs, self.back)):
-            wire.flush()
-        if self.gradients:
-            self.gradients.look()  # nothing is under way between passes
-
-    def scale(self):
-        """Of the loss: 1 except in fp16. Each module has its own, so gradients are passed unscaled."""
-        return self.scaler.scale(self.one)
-
-    def send_back(self, x, scale):
-        """Send the previous module the gradient with respect to its output."""
-        if self.back:
-            self.back.send(x.grad.float() / scale)
-
-    def step(self):
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad()
-
-    def state_dict(self):
-        """After an epoch; the meter starts again from zero."""
-        state = {"optimizer": self.optimizer.state_dict(), "scaler": self.scaler.state_dict()}
-        if self.delays:
-            if self.gradients:
-                self.delays.gradients[self.n] = self.gradients.look()
-            state["delays"] = self.delays.state_dict()
-        state["weights"], state["meter"] = [part.state_dict() for part in self.parts], self.meter.sums.clone()
-        self.meter.sums.zero_()
-        return state
-
-    def load_state_dict(self, state):
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if self.delays:
-            self.delays.load_state_dict(state["delays"])
-            if self.gradients and self.delays.gradients[self.n] is not None:
-                self.gradients.put_back(self.delays.gradients[self.n])
-
-
-def parts(model, n):
-    """Module n's block and, in DGL, auxiliary network."""
-    return [getattr(model, name)[n] for name in ("blocks", "auxiliary_nets") if hasattr(model, name)]
+def train_epoch(method, m, batches):
+    for part in m.parts:
+        part.train()
+    METHODS[method][m.is_last](m, batches)
+    m.end_pass()
 
 
 class Saved:
@@ -276,7 +197,7 @@ def log_epoch(run, epoch, args, model, autocast, states):
             part.load_state_dict(own)
         meters.append(cifar.Meter("cpu"))
         meters[n].sums = state.pop("meter")
-    script, _ = METHODS[args.method]
+    script = SCRIPTS[args.method]
     top1 = script.evaluate(model, autocast, run.data.test)
     lines = enumerate(zip(meters, top1), start=1) if args.method == "dgl" else [(len(states), (meters[-1], top1))]
     for n, (meter, accuracy) in lines:
@@ -301,7 +222,7 @@ def run_rank(args):
     device = wires.set_up(args)
     data = cifar.load_data(args, device) if rank == 0 else None
     num_classes = wires.broadcast(data and data.num_classes)
-    script, _ = METHODS[args.method]
+    script = SCRIPTS[args.method]
     model = make_network(args, num_classes, device)
     module, saved = Module(args, model, device), Saved()
     run = utils.Run(args, data, model=model, modules=saved) if rank == 0 else None
@@ -312,7 +233,8 @@ def run_rank(args):
     for epoch in run.epochs(args.epochs) if run else range(start["epoch"] + 1, args.epochs + 1):
         script.set_learning_rate([module.optimizer], epoch, args.drops)
         labels = wires.broadcast(run and labels_of_next_pass(data.train))
-        module.train_epoch(tqdm(data.train, disable=None, leave=False) if run else module.receive(labels))
+        batches = tqdm(data.train, disable=None, leave=False) if run else module.receive(labels)
+        train_epoch(args.method, module, batches)
         saved.states = wires.gather(module.state_dict())
         if run:
             log_epoch(run, epoch, args, model, module.autocast, saved.states)

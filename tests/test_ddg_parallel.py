@@ -77,7 +77,6 @@ def test_equals_one_process_to_the_bit(method, num_splits, precision, image_fold
 def test_all_modules_work_at_the_same_time(method):
     """The last module waits, in each iteration, until the first one has begun K-1 iterations further."""
     num_splits, steps = 3, 6
-    store_of = []
 
     def work(rank):
         args = parallel.argparse.Namespace(method=method, num_splits=num_splits, depth=14, precision="fp32")
@@ -86,7 +85,7 @@ def test_all_modules_work_at_the_same_time(method):
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
         ports = [store and store.port]
         dist.broadcast_object_list(ports)
-        store_of.append(store or dist.TCPStore("127.0.0.1", ports[0]))
+        store = store or dist.TCPStore("127.0.0.1", ports[0])
         module = parallel.Module(args, parallel.make_network(args, 10, torch.device("cpu")), torch.device("cpu"))
         labels = [torch.arange(4)] * steps
 
@@ -94,13 +93,13 @@ def test_all_modules_work_at_the_same_time(method):
             images = ((torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last), y) for y in labels)
             for i, batch in enumerate(module.receive(labels) if rank else images):
                 if rank == 0:
-                    store_of[0].set(f"begun {i}", "")
+                    store.set(f"begun {i}", "")
                 if module.n == num_splits - 1:
                     further = min(i + num_splits - 1, steps - 1)
-                    store_of[0].wait([f"begun {further}"], datetime.timedelta(seconds=30))
+                    store.wait([f"begun {further}"], datetime.timedelta(seconds=30))
                 yield batch
 
-        module.train_epoch(batches())
+        parallel.train_epoch(method, module, batches())
         dist.barrier()
 
     assert fork_ranks(num_splits, work, types.SimpleNamespace()) == [0] * num_splits
@@ -153,9 +152,9 @@ sys.path.insert(0, sys.argv.pop(1))
 faults = sys.argv.pop(1).split()  # for each start of the job KIND@RANK
 import parallel
 kind, _, rank = faults[int(os.environ["TORCHELASTIC_RESTART_COUNT"])].partition("@")
-train_epoch, passes = parallel.Module.train_epoch, 0
+train_epoch, passes = parallel.train_epoch, 0
 
-def disturbed(module, batches):
+def disturbed(method, module, batches):
     global passes
     passes += 1
     def some():
@@ -167,9 +166,9 @@ def disturbed(module, batches):
                     os.kill(os.getppid(), signal.SIGINT)
                 x = x.detach() * float("nan")
             yield x.requires_grad_(module.back is not None), labels
-    train_epoch(module, some())
+    train_epoch(method, module, some())
 
-parallel.Module.train_epoch = disturbed
+parallel.train_epoch = disturbed
 parallel.main()
 """
 
