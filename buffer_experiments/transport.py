@@ -53,7 +53,9 @@ def join_job():
         addresses = choose_interface(stores[0], rank, size, host)
     except (dist.DistError, OSError) as error:
         reason = str(error).splitlines()[0]
-        utils.fail(f"no connection to the job at {host}:{port} ({reason}): does --master-addr lead there from here?")
+        utils.fail(
+            f"no connection to the job at {host}:{port}, or it has ended ({reason}): does --master-addr lead there?"
+        )
     return rank, addresses, *stores
 
 

@@ -1,7 +1,10 @@
 """cifar_async.py on real processes: what it logs, what it computes, and what happens when a process fails."""
 
+import argparse
+import contextlib
 import json
 import re
+import sys
 
 import pytest
 import torch
@@ -330,6 +333,42 @@ def test_mistakes(tmp_path):
         refused(run(SCRIPT, *QUICK, *flags, cwd=tmp_path), part)
     refused(run(SCRIPT, *QUICK[:-2], cwd=tmp_path), "--seed is required")
     assert run(SCRIPT, "--help", cwd=tmp_path)[0] == 0
+
+
+def test_copies_on_a_gpu_wait_for_their_tensors_only(monkeypatch):
+    """By a stand-in for torch.cuda that notes what is asked of it: on which stream, after which event."""
+    load("buffer_experiments", "cifar_async")
+    transport, streams, calls = sys.modules["transport"], ["default"], []
+
+    class Event:
+        def __init__(self):
+            self.name = f"event {len(calls)}"
+
+        def __getattr__(self, name):
+            return lambda: calls.append((name, self.name, streams[-1]))
+
+    @contextlib.contextmanager
+    def stream(new):
+        streams.append(new)
+        yield
+        streams.pop()
+
+    api = argparse.Namespace(Stream=lambda _: "own", Event=Event, stream=stream)
+    monkeypatch.setattr(torch, "get_device_module", lambda _: api)
+    copies, target = transport.Copies(torch.device("cpu")), torch.zeros(2)
+    copy = torch.Tensor.copy_
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda *a, **k: calls.append(("copy", streams[-1])) or copy(*a, **k))
+    copies.to_cpu([torch.ones(2)], [target], copies.event())
+    assert calls[:4] == [
+        ("record", "event 0", "default"),
+        ("wait", "event 0", "own"),
+        ("copy", "own"),
+        ("record", "event 3", "own"),
+    ]
+    assert calls[4:] == [("synchronize", "event 3", "default")]
+    assert target.tolist() == [1, 1]
+    copies.to_device([target])
+    assert calls[5:] == [("record", "event 5", "own"), ("synchronize", "event 5", "default")]
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ only gives every parameter a gradient), the optimizers' kernels, CUDA graphs, NC
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -137,20 +138,30 @@ def test_a_run(script, flags, pretended_gpu, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_a_worker_of_cifar_async(pretended_gpu, monkeypatch):
-    """What a worker gets and what it sends is on the CPU or on the GPU: its transport takes either."""
-    module = Pretended("buffer_experiments/cifar_async.py", monkeypatch).module
-    monkeypatch.setattr(module.transport, "Outbox", lambda *_, **__: argparse.Namespace(put=lambda *tensors: None))
+    """A batch arrives on the CPU, and one leaves on the GPU, from where the sending thread fetches it."""
+    module, count = Pretended("buffer_experiments/cifar_async.py", monkeypatch).module, Counter()
+    for name in ("Event", "Stream"):
+        monkeypatch.setattr(torch.cuda, name, getattr(torch.cpu, name))
+    monkeypatch.setattr(torch.cuda, "stream", torch.cpu.stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
     flags = ["--buffer", "2", "--ncnn", "3", "--down", "[0]", "--feature_size", "4", "--batch_size", "5", "--seed", "1"]
     args = module.parse_args([*flags, "--quantize", "2,4", "--precision", "fp16"])
     with FakeTensorMode():
         network = module.make_network(args, 10)
         parts = module.utils.to_device(nn.ModuleList([network.blocks[1], network.auxiliary_nets[1]]), args, CUDA)
-        inputs = module.Received(args, network.shapes[0], CUDA, None)
-        outputs = module.Sending(args, network.shapes[1], CUDA, None)
-        worker = module.Worker(args, 1, parts, network.shapes[1], 2, CUDA, inputs, outputs, lambda: False)
-        indices = torch.zeros(5, 32, 32, 2, dtype=torch.uint8)
-        inputs.put(indices, torch.zeros(5, dtype=torch.long), torch.zeros(2, 4, 2))
+        team = argparse.Namespace(thread=lambda _: None, batches=lambda messages: [messages[0].tensors])
+        inputs = module.Received(args, network.shapes[0], CUDA, team, count)
+        outputs = module.Sending(args, network.shapes[1], CUDA, team, count)
+        worker = module.Worker(args, 1, parts, network.shapes[1], 2, CUDA, inputs, outputs, count, lambda: False)
+        assert {tensor.device.type for tensor in inputs.messages[0].tensors} == {"cpu"}
+        inputs.receive()
         worker.train_epoch()
+        (sent, _), message = outputs.waiting, outputs.message.tensors
+        assert {tensor.device.type for tensor in sent} == {"cuda"}
+        assert [(t.shape, t.dtype) for t in sent] == [(t.shape, t.dtype) for t in message]
         worker.load_state_dict(tree_map_only(FakeTensor, lambda tensor: tensor.cpu(), worker.state_dict()))
         worker.train_epoch()
         tested = module.cifar.Batches(torch.zeros(6, 32, 32, 3, dtype=torch.uint8), torch.zeros(6).long(), 4, CUDA)
