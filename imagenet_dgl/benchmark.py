@@ -116,7 +116,7 @@ class Bench:
                 way += f" ({make.keywords['microbatches']} microbatches)"
             del train
             self.trainers[way], peak = self.built(make)
-        except ValueError as error:  # this network has too few places for a cut
+        except ValueError as error:
             self.notes.append(f"{way}: left out, since {error}")
         else:
             self.memory[way] = self.gathered(peak)
@@ -129,6 +129,8 @@ class Bench:
                 pipeline.use(microbatches)
                 pipeline(1)
                 found[microbatches] = self.images_per_second(pipeline, 2)
+        if not found:
+            raise ValueError(f"it takes none of --microbatches {self.args.microbatches}")
         return self.from_rank_0(max(found, key=found.get))
 
     def run(self):

@@ -37,7 +37,7 @@ def why_not():
 
 def shaping(device, rate):
     # The bucket holds more than the largest piece (64 KiB) that the kernel hands over; the queue does not overflow
-    return f"tc qdisc add dev {device} root tbf rate {rate} burst 256kb limit 16mb"
+    return f"tc qdisc add dev {device} root tbf rate {rate} burst 128kb limit 16mb"
 
 
 def join(store, rank, count, rate):

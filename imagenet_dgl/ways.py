@@ -86,6 +86,7 @@ class Rank:
             return models.decouple(*what, **nets)
         key = num_modules, *nets
         if key not in self.cuts:
+            models.decouple(*what[:-1], **nets)  # if there are too few places, on all ranks
             timer = models.Timer(self.device, self.args.batch_size)
             cuts = [None if self.rank else models.decouple(*what, **nets, timer=timer).cuts]
             dist.broadcast_object_list(cuts, device=torch.device("cpu"))
@@ -161,7 +162,9 @@ class Rank:
         return self.train_network(network, torch.optim.SGD(network.parameters(), **SGD), self.share)
 
     def pipelined(self, kind, microbatches=None):
-        train = Pipeline(self, kind, microbatches or self.args.microbatches[0])
+        train = Pipeline(self, kind)
+        if microbatches:
+            train.use(microbatches)
         return train, train.network
 
 
@@ -200,13 +203,13 @@ def untracked(part):
 
 
 class Pipeline:
-    """Backprop in one of torch.distributed.pipelining's schedules: pipeline(steps) trains.
+    """Backprop in one of torch.distributed.pipelining's schedules: pipeline(steps) trains, after `use`.
 
     Attributes:
         network: this rank's stages by number, as an nn.ModuleDict.
     """
 
-    def __init__(self, here, kind, microbatches):
+    def __init__(self, here, kind):
         self.here, self.kind = here, kind
         ranks, rank = here.num_modules, here.rank
         stages = {  # each rank's, from rank 0 to the last and, with two, once more or back again
@@ -217,7 +220,6 @@ class Pipeline:
         segments = here.segments(self.count)
         self.network = nn.ModuleDict({str(n): here.put(Stage(segments[n])) for n in stages})
         self.optimizer = training.sgd(self.network.parameters(), **SGD)
-        self.use(microbatches)
 
     def use(self, microbatches):
         """Split the batch into so many from now on. ValueError: the schedule cannot."""

@@ -75,7 +75,7 @@ def plain_network(args):
 
 
 def arguments(**changed):
-    args = argparse.Namespace(arch="cnn4", batch_size=8, image_size=16, microbatches=[4], cuda=False)
+    args = argparse.Namespace(arch="cnn4", batch_size=8, image_size=16, cuda=False)
     vars(args).update(balance=["flops"], send_precision=["fp32"], **changed)
     return args
 
@@ -91,6 +91,10 @@ def on_ranks(function, count=2):
     assert fork_ranks(count, begin, ranks) == [0] * count
 
 
+def is_pipeline(way):
+    return any(name in way for name in ("GPipe", "1F1B", "zero bubble"))
+
+
 def test_all_ways_of_backprop_end_with_the_same_weights(monkeypatch):
     """Two steps; the gradients of the second one have gone through all stages with the new weights."""
     monkeypatch.setattr(ways, "make_network", plain_network)
@@ -104,10 +108,10 @@ def test_all_ways_of_backprop_end_with_the_same_weights(monkeypatch):
         for way, make in ways.all_ways(here.args).items():
             if not way.startswith("backprop"):
                 continue
-            train, network = make(here)
+            train, network = make(here, microbatches=4) if is_pipeline(way) else make(here)
             if train:
                 train(2)
-            parts = network if isinstance(train, ways.Pipeline) else {"0": network} if train else {}
+            parts = network if is_pipeline(way) else {"0": network} if train else {}
             found = {
                 int(n): [getattr(p, "full_tensor", lambda p=p: p)().detach() for p in part.parameters()]
                 for n, part in parts.items()
@@ -151,7 +155,7 @@ def test_all_ranks_cut_by_time_alike(monkeypatch):
 
     def decouple_here(*args, timer=None, cuts=None, **nets):
         asked.append((timer is not None, cuts))
-        model = decouple(*args[:4], "flops", **nets)
+        model = decouple(*args[:4], **nets)
         model.cuts = ["rank 0's"]
         return model
 
@@ -161,7 +165,7 @@ def test_all_ranks_cut_by_time_alike(monkeypatch):
         here.modules("time")
         here.modules("time")
         times = [(False, ["rank 0's"])] * 2
-        assert asked == (times if here.rank else [(True, None), *times])
+        assert asked == [(False, None), *([] if here.rank else [(True, None)]), *times]
 
     on_ranks(work)
 
@@ -249,14 +253,17 @@ def test_a_link_has_its_rate(count, tmp_path):
         links.join(store, rank, count, "200mbit")
         dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=count)
         message, received = torch.zeros(2, 2_500_000, dtype=torch.uint8)
-        for _ in range(2):  # the first one opens connections
+        seconds = []
+        for _ in range(5):  # the first one opens connections; other work on the machine makes some slower
             dist.barrier()
             begin = time.perf_counter()
-            works = dist.isend(message, (rank + 1) % count), dist.irecv(received, (rank - 1) % count)
+            # The receive first: on one connection, Gloo would tell of it behind the whole message
+            works = dist.irecv(received, (rank - 1) % count), dist.isend(message, (rank + 1) % count)
             for work in works:
                 work.wait()
             dist.barrier()
-        assert 0.095 < time.perf_counter() - begin < 0.2  # 20 Mbit
+            seconds.append(time.perf_counter() - begin)
+        assert 0.09 < min(seconds[1:]) < 0.15  # 20 Mbit, of which the bucket passes 1 at once
         dist.destroy_process_group()
 
     assert fork_ranks(count, begin, ranks) == [0] * count
@@ -264,18 +271,19 @@ def test_a_link_has_its_rate(count, tmp_path):
 
 
 @needs_links
-@pytest.mark.parametrize(("rate", "precision"), [("100mbit", "fp32"), ("20mbit", "fp32"), ("20mbit", "int8")])
+@pytest.mark.parametrize(("rate", "precision"), [("100mbit", "fp32"), ("40mbit", "fp32"), ("40mbit", "int8")])
 def test_the_schedule_predicts_a_slow_link(rate, precision, tmp_path):
     """Modules that sleep instead of computing, so that other work on the machine disturbs little."""
-    forward, backward, steps = [0.02, 0.03], [0.05, 0.04], 12
-    representation, labels = torch.randn(4, 30_000).relu(), torch.arange(4)  # 0.48 MB: 38 and 192 ms
+    forward, backward, steps = [0.02, 0.03], [0.05, 0.04], 8
+    representation, labels = torch.randn(4, 30_000).relu(), torch.arange(4)  # 0.48 MB: 38 and 96 ms
 
     def begin(rank):
         store = dist.FileStore(str(tmp_path / "store"), 2)
         links.join(store, rank, 2, rate)
         dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=2)
         pipeline = module_parallel.ModuleParallel(2, torch.device("cpu"), 4, send_precision=precision)
-        for _ in range(2):
+        measured = []
+        for _ in range(3):  # the first one opens connections
             dist.barrier()
             begin = time.perf_counter()
             batches = itertools.repeat((representation, labels), steps)
@@ -285,10 +293,10 @@ def test_the_schedule_predicts_a_slow_link(rate, precision, tmp_path):
                 time.sleep(backward[rank])
             pipeline.end_pass(steps)
             dist.barrier()
-            measured = (time.perf_counter() - begin) / steps
+            measured.append((time.perf_counter() - begin) / steps)
         transfer = schedule.message_bytes(representation, labels, precision) / links.bytes_per_second(rate)
         predicted = schedule.module_parallel(forward, backward, [transfer], batches=steps)
-        assert predicted == pytest.approx(measured, rel=0.1)
+        assert predicted == pytest.approx(min(measured[1:]), rel=0.1)
         dist.destroy_process_group()
 
     assert fork_ranks(2, begin, ranks) == [0] * 2
