@@ -75,8 +75,9 @@ def test_equals_one_process_to_the_bit(method, num_splits, precision, image_fold
 
 @pytest.mark.parametrize("method", ["dgl", "ddg", "fr"])
 def test_all_modules_work_at_the_same_time(method):
-    """The last module waits, in each iteration, until the first one has begun K-1 iterations further."""
-    num_splits, steps = 3, 6
+    """The first module begins a third batch while nobody receives its outputs. Later, the last module waits, in each
+    iteration, until the first one has begun K-1 iterations further."""
+    num_splits, steps, patience = 3, 6, datetime.timedelta(seconds=30)
 
     def work(rank):
         args = parallel.argparse.Namespace(method=method, num_splits=num_splits, depth=14, precision="fp32")
@@ -90,13 +91,15 @@ def test_all_modules_work_at_the_same_time(method):
         labels = [torch.arange(4)] * steps
 
         def batches():
+            if rank:
+                store.wait(["begun 2"], patience)
             images = ((torch.randn(4, 3, 32, 32).to(memory_format=torch.channels_last), y) for y in labels)
             for i, batch in enumerate(module.receive(labels) if rank else images):
                 if rank == 0:
                     store.set(f"begun {i}", "")
                 if module.n == num_splits - 1:
                     further = min(i + num_splits - 1, steps - 1)
-                    store.wait([f"begun {further}"], datetime.timedelta(seconds=30))
+                    store.wait([f"begun {further}"], patience)
                 yield batch
 
         parallel.train_epoch(method, module, batches())
