@@ -119,7 +119,7 @@ class Worker:
         for _ in range(self.epoch_steps):
             x, labels = self.inputs.sample()  # waits only while the buffer is empty
             with self.timed():
-                self.idle_step(labels) if self.args.idle else self.train_step(x, labels)
+                self.send(self.silence, labels) if self.args.idle else self.train_step(x, labels)
         self.epochs += 1
 
     def train_step(self, x, labels):
@@ -133,9 +133,6 @@ class Worker:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.meter.update(loss, logits, labels)
-
-    def idle_step(self, labels):
-        self.send(self.silence, labels)
 
     def send(self, representation, labels):
         if self.outputs:
@@ -178,7 +175,7 @@ class Worker:
         while not team.finished():
             time.sleep(0.05)
         if self.outputs:
-            self.outputs.end()
+            self.outputs.replace(())
 
     @contextlib.contextmanager
     def timed(self):
@@ -322,18 +319,16 @@ class Sending:
             batch = labels, codebook, self.quantizer.encode(representation)
         else:
             batch = labels, representation.permute(0, 2, 3, 1)
-        self.replace(batch, self.copies.event())
+        self.replace(batch)
 
-    def end(self):
-        """There are no more batches."""
-        self.replace((), self.copies.event())
-
-    def replace(self, *batch):
+    def replace(self, batch):
+        """Let the batch wait. An empty one: there are no more."""
+        computed = self.copies.event()
         with self.changed:
             while self.sync and (self.waiting or self.busy):
                 self.changed.wait()
             self.counts["dropped"] += self.waiting is not None
-            self.waiting = batch
+            self.waiting = batch, computed
             self.changed.notify_all()
 
     def run(self):
@@ -396,6 +391,7 @@ class Member:
 
     def load_state_dict(self, state):
         self.state, self.top1, self.total = state["state"], state["top1"], collections.Counter(state["total"])
+        self.parts.load_state_dict(self.state["parts"])
 
 
 def collect(args, team, run, network, members, test, testing):

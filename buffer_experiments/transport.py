@@ -219,6 +219,8 @@ class Team:
                 self.end(stop.code)
             self.closing.set()
             self.last_words()  # this process has said everything
+            if self.size > 1:
+                os._exit(stop.code)
             raise
         except BaseException as error:
             traceback.print_exc()
@@ -237,7 +239,8 @@ class Team:
         """End this process, and so the job. Only the first rank that does it gives its reason."""
         with self.speaking:
             if words := self.last_words():
-                complain(f"{reason}; {words}".replace("checkpoint; the last checkpoint", "checkpoint"))
+                line = f"{reason}; {words}\n".replace("checkpoint; the last checkpoint", "checkpoint")
+                print(line, end="", file=sys.stderr, flush=True)  # in one piece, as other processes write there too
             os._exit(1)
 
     def last_words(self):
@@ -274,12 +277,11 @@ class Team:
                 beats = [self.store.add(f"beat {rank}", int(rank == self.rank)) for rank in range(self.size)]
                 silent = [seconds + 1 if old == new else 0 for seconds, old, new in zip(silent, before, beats)]
                 self.heard.set()
-                gone = {rank for rank, seconds in enumerate(silent) if seconds >= SILENCE}
-                if gone:
+                if gone := {rank for rank, seconds in enumerate(silent) if seconds >= SILENCE}:
                     machines = {self.addresses[rank] for rank in gone} - {self.addresses[self.rank]}
                     who = ", ".join(sorted(machines)) or f"rank {min(gone)}"
                     self.end(f"Nothing has been heard from {who} {GONE}")
-                if self.store.add("ended", 0) and not self.closing.is_set():
+                if self.store.add("ended", 0) and not self.closing.wait(1):  # torchrun names who ends first
                     with self.speaking:
                         os._exit(1)
 
@@ -291,14 +293,10 @@ class Team:
             self.heard.clear()
             if silent >= SILENCE:
                 if LOCAL_RANK == 0:  # speaks for this machine
-                    complain(f"Nothing has been heard from {os.environ['MASTER_ADDR']} {GONE}")
+                    line = f"Nothing has been heard from {os.environ['MASTER_ADDR']} {GONE}\n"
+                    print(line, end="", file=sys.stderr, flush=True)
                 time.sleep(1)
                 os._exit(1)
-
-
-def complain(line):
-    """Write a line to stderr in one piece, because other processes write there too."""
-    print(f"{line}\n", end="", file=sys.stderr, flush=True)
 
 
 class Message:
