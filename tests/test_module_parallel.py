@@ -1,5 +1,6 @@
 """Module-parallel DGL: equal to one process, asynchronous, and ended by any fault. Ranks are real processes."""
 
+import contextlib
 import functools
 import itertools
 import re
@@ -159,17 +160,19 @@ def test_a_screen_that_fails_does_not_end_the_run(tree, tmp_path):
 
 def test_balanced_by_time(tree, tmp_path, monkeypatch, capfd):
     """Rank 0 measures, all ranks cut alike; the checkpoint has the cut, whatever a later measurement would find."""
-    timing = sys.modules["models.timing"].Timer
+    load("imagenet_dgl", "imagenet_dgl")
+    monkeypatch.setattr(conftest, "COMMON_NAMES", ())  # so that the script has these models
+    timer = sys.modules["models.timing"].Timer
 
     def slow_part(name):
         """Times in which all but what has this part is free."""
 
-        def measure(timer, part, x, needs_gradient):
+        def measure(self, part, x, needs_gradient):
             assert ranks.RANK == 0, "another rank measures, too"
             parameters = {".".join(key.split(".")[:2]) for key in part.state_dict()}
             return (1.0 if name in parameters else 0.01), part(x).detach()
 
-        monkeypatch.setattr(timing, "__call__", measure)
+        monkeypatch.setattr(timer, "__call__", measure)
 
     flags = "--num-modules", 2, "--balance", "time", "--nepochs"
     slow_part("features.3")
@@ -182,7 +185,7 @@ def test_balanced_by_time(tree, tmp_path, monkeypatch, capfd):
     train(1, tree, *flags, 2, "--resume", "auto", cwd=tmp_path)
     train(2, tree, *flags, 3, "--module-parallel", "--resume", "auto", cwd=tmp_path)
     assert checkpoint_of(tmp_path)["arguments"]["cuts"] == cuts
-    checkpoint = next(tmp_path.glob("*.pt"))
+    checkpoint = tmp_path / "imagenet_dgl-imagenet_dgl.pt"
     capfd.readouterr()
     train(2, tree, "--module-parallel", "--evaluate", "--resume", checkpoint, cwd=tmp_path)
     tested = [line.partition(" train ")[2].partition(", ")[2] for line in lines(tmp_path)[-2:]]
@@ -387,6 +390,30 @@ def test_rounding(shape, dtype):
         assert torch.equal(other, byte) and other.is_contiguous(memory_format=torch.channels_last)
 
 
+def test_one_process_trains_and_tests_on_what_is_rounded():
+    script, seen = sys.modules["imagenet_dgl"], []
+
+    class Seeing(torch.nn.Linear):
+        def forward(self, x):
+            seen.append(x.detach().clone())
+            return super().forward(x)
+
+    class Batches(list):
+        device = torch.device("cpu")
+
+    torch.manual_seed(0)
+    modules = [script.Module(Seeing(9, 9), torch.nn.Linear(9, 5), n) for n in range(2)]
+    x, labels = torch.randn(4, 9), torch.arange(4)
+    batches, nothing = Batches([(x, labels)]), contextlib.nullcontext()
+    expected = module_parallel.rounded(modules[0].block(x).detach(), "int8")
+    seen.clear()
+    script.evaluate(modules, nothing, batches, send_precision="int8")
+    optimizers, meters = [torch.optim.SGD(m.parameters()) for m in modules], [training.Meter(batches.device)] * 2
+    scalers = [torch.amp.GradScaler(enabled=False)] * 2
+    script.train_epoch(modules, optimizers, scalers, nothing, batches, meters, send_precision="int8")
+    assert all(torch.equal(a, b) for a, b in zip(seen, [x, expected] * 2, strict=True))
+
+
 def test_what_is_not_finite_stays_so():
     for bad in (float("nan"), float("inf")):
         x = torch.ones(2, 3, 4, 4)
@@ -401,9 +428,10 @@ def test_bytes_on_the_wire(precision, of_the_image, monkeypatch):
     x = torch.randn(2, 6, 4, 4, generator=torch.Generator().manual_seed(0)).to(memory_format=torch.channels_last)
     sizes, isend = [], torch.distributed.isend
 
-    def counted(tensor, *others):
+    def counted(tensor, to, link, tag):
+        assert torch.distributed.get_process_group_ranks(link) == [0, 1] and link is not torch.distributed.group.WORLD
         sizes.append(tensor.nbytes)
-        return isend(tensor, *others)
+        return isend(tensor, to, link, tag)
 
     monkeypatch.setattr(torch.distributed, "isend", counted)
 
