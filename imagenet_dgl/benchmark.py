@@ -6,9 +6,9 @@
 
 Starts K ranks for each K. They train the same network on the same batches in all the ways of ways.py in turn, --rounds
 times; a figure is the median. Peak memory has parameters and optimizer in it. A pipeline's microbatches are the fastest
-of --microbatches. With --link, the ranks are in network namespaces joined by links of that rate, for the ways that
-send the least. "heaviest module" is what an ideal pipeline would reach: the rate of its slowest rank, measured while
-all compute. "predicted" is what schedule.py computes from the modules' times and the speed of the link; its error is
+of --microbatches. With --link, the ranks then train in network namespaces joined by links of that rate: module-parallel
+DGL, DDP and 1F1B. "heaviest module" is what an ideal pipeline would reach: the rate of its slowest rank, measured while
+all compute. "predicted" is what schedule.py computes from the modules' times and the speed of the link, and its error
 against the measured median. Prints a table and writes a picture.
 """
 
@@ -38,7 +38,7 @@ import schedule
 import ways
 from module_parallel import PRECISIONS
 
-OVER_LINKS = ("DGL, module-parallel", "backprop, DDP", "backprop, 1F1B")  # the ways that are compared there
+OVER_LINKS = ("DGL, module-parallel", "backprop, DDP", "backprop, 1F1B")
 
 
 def parse_args(argv=None):
@@ -60,7 +60,7 @@ def parse_args(argv=None):
     add("--link", type=links.rate, nargs="+", default=[], metavar="RATE", help="such as 10gbit 1gbit 100mbit; as root")
     add("--ways", nargs="+", metavar="TEXT", help="only those with one of these in their name, such as DDP")
     add("--microbatches", type=utils.at_least(1), nargs="+", default=[2, 4, 8, 16], help="to search: 2 4 8 16")
-    add("--steps", type=utils.at_least(1), default=20, help="measured in a round: 20")
+    add("--steps", type=utils.at_least(1), default=20, help="of module-parallel DGL in a round; others a third: 20")
     add("--seconds", type=utils.at_least(0, float), default=10, help="a round of one way: 10, then fewer steps")
     add("--rounds", type=utils.at_least(1), default=5, help="5")
     add("--threads", type=utils.at_least(1), default=1, help="of a rank on a CPU: 1")
@@ -160,9 +160,10 @@ class Bench:
         return rates, predicted
 
     def steps(self, train):
-        """Of a round: --steps, or as many as --seconds permit."""
+        """Of a round: as many as --seconds permit, and --steps at most; a third of it without a pipeline that fills."""
         possible = self.args.seconds * self.images_per_second(train, 2) / self.args.batch_size
-        return self.from_rank_0(max(1, min(self.args.steps, round(possible))))
+        most = self.args.steps if hasattr(train, "pipeline") else -(-self.args.steps // 3)
+        return self.from_rank_0(max(1, min(most, round(possible))))
 
     def images_per_second(self, train, steps):
         dist.barrier()
