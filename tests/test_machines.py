@@ -1,16 +1,19 @@
 """Jobs on two machines: network namespaces with a cable between them (Linux; only root may make them)."""
 
+import argparse
 import contextlib
 import ctypes
 import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT, assert_same, checkpoint_of, load, log_of, run
@@ -23,7 +26,7 @@ ranks = sys.modules["ranks"]
 IMAGENET = "imagenet_dgl/imagenet_dgl.py"
 SMALL = ["-j", 0, "-b", 6, "--image-size", 32, "--lr", 0.01, "--threads", 1, "--arch", "squeezenet1_1", "-p", 0]
 ASYNC = "buffer_experiments/cifar_async.py"
-DIGITS = ["--data", "digits", "--batch_size", 10, "--ncnn", 2, "--feature_size", 4, "--down", "[1]", "--mlp", 1]
+DIGITS = ["--data", "digits", "--batch_size", 10, "--ncnn", 2, "--feature_size", 4, "--down", "[0]", "--mlp", 1]
 DIGITS += ["--buffer", 5, "--seed", 0, "--pace", 0.05]
 FIRST, SECOND = "10.77.0.1", "10.77.0.2"
 
@@ -147,6 +150,25 @@ def result(folder):
     return {"lines": lines, **{key: state[key] for key in ("epoch", "parts", "generator")}}
 
 
+@pytest.mark.parametrize(("chosen", "expected"), [(None, "way0"), ("mine", "mine")])
+def test_gloo_uses_the_interface_that_leads_to_the_others(chosen, expected, monkeypatch):
+    """Here, MASTER_ADDR is a name, which its machine resolves to 127.0.1.1."""
+    machines, own = ranks.machines, {"m1": "127.0.1.1", "10.0.0.2": "10.0.0.1"}
+    monkeypatch.setenv("MASTER_ADDR", "m1")
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", chosen or "")
+    if chosen is None:
+        del os.environ["GLOO_SOCKET_IFNAME"]
+    monkeypatch.setattr(machines, "address_towards", own.get)
+    found = {"lo": "127.0.1.1", "way0": "10.0.0.1", "other0": "10.1.0.1"}
+    found = {name: [argparse.Namespace(address=address)] for name, address in found.items()}
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
+    store = torch.distributed.HashStore()
+    store.set("address 1", "10.0.0.2")
+    assert machines.choose_interface(store, 0, 2) == ["127.0.1.1", "10.0.0.2"]
+    assert os.environ["GLOO_SOCKET_IFNAME"] == expected
+    assert machines.choose_interface(torch.distributed.HashStore(), 0, 1) == ["127.0.1.1"]
+
+
 # Ranks in copies of this process
 
 
@@ -187,7 +209,7 @@ def test_the_user_s_interface_is_kept(machines, monkeypatch, capfd):
 @pytest.mark.parametrize("busy", [False, True])
 def test_a_machine_that_is_silent_ends_the_others(busy, machines, monkeypatch, capfd):
     """Two of four ranks are on each machine, of which one speaks. A machine that only computes is not silent."""
-    monkeypatch.setattr(ranks, "SILENCE", 3)
+    monkeypatch.setattr(ranks.machines, "SILENCE", 3)
 
     def work(rank):
         set_up(rank, machines[rank // 2])
@@ -199,6 +221,31 @@ def test_a_machine_that_is_silent_ends_the_others(busy, machines, monkeypatch, c
     assert fork_ranks(4, work, ranks) == [0 if busy else 1] * 4
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("Nothing has been heard from")]
     assert sorted(said) == ([] if busy else [gone(FIRST, 3), gone(SECOND, 3)])
+
+
+@pytest.mark.parametrize("port", ["x", "70000", "-1"])
+def test_a_port_that_is_none(port, monkeypatch, capsys):
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(SystemExit) as stop:
+        ranks.connect()
+    assert stop.value.code == 2
+    assert f"error: MASTER_PORT is {port!r}, not the number of a port" in capsys.readouterr().err
+
+
+def test_rank_0_that_cannot_be_reached(monkeypatch, capsys):
+    monkeypatch.setattr(ranks, "CONNECT", 1)
+    monkeypatch.setattr(ranks, "RANK", 1)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    monkeypatch.setenv("MASTER_ADDR", "::1")
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:  # a port that is free afterwards
+        monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
+    with pytest.raises(SystemExit) as stop:
+        ranks.connect()
+    assert stop.value.code == 2
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1
+    assert "error: no connection to rank 0 at ::1, port" in message
 
 
 def gone(address, seconds=30):
