@@ -2,7 +2,8 @@
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
 FROM := learning_curves
-COPIES := $(wildcard */utils.py */cifar.py)
+SHARED := utils.py cifar.py machines.py
+COPIES := $(wildcard $(addprefix */,$(SHARED)))
 ifeq ($(PYTHON),.venv/bin/python)
 ENVIRONMENT := .venv/complete
 endif
@@ -36,8 +37,8 @@ lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 
-utils:  # utils.py and cifar.py, from the folder that has the new version: make utils FROM=learning_curves
-	for new in $(wildcard $(FROM:/=)/utils.py $(FROM:/=)/cifar.py); do \
+utils:  # $(SHARED), from the folder that has the new version: make utils FROM=learning_curves
+	for new in $(wildcard $(addprefix $(FROM:/=)/,$(SHARED))); do \
 	for copy in $(filter-out $(FROM:/=)/%,$(COPIES)); do \
 	if [ $$(basename $$copy) = $$(basename $$new) ]; then cp $$new $$copy || exit 1; fi; done; done
 

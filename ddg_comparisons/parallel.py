@@ -28,13 +28,13 @@ import sys
 import utils
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 import cifar
 import cifar_ddg
 import cifar_features_replay
+import machines
 import models
 import wires
 from module import SCRIPTS, Module, parts
@@ -205,7 +205,7 @@ def log_epoch(run, epoch, args, model, autocast, states):
 
 
 def main(argv=None):
-    if int(os.environ.get("RANK", 0)) == 0:  # it alone needs the data, the checkpoint and the save folder
+    if os.environ.get("RANK", "0") == "0":  # it alone needs the data, the checkpoint and the save folder
         args = parse_args(argv)
     else:
         args = None
@@ -238,7 +238,7 @@ def run_rank(args):
         saved.states = wires.gather(module.state_dict())
         if run:
             log_epoch(run, epoch, args, model, module.autocast, saved.states)
-    dist.destroy_process_group()
+    machines.leave()
 
 
 if __name__ == "__main__":

@@ -3,15 +3,15 @@
 import collections
 import contextlib
 import io
-import ipaddress
 import os
-import socket
 import time
 
 import utils
 
 import torch
 import torch.distributed as dist
+
+import machines
 
 PATIENCE = 10  # seconds in which torchrun ends this rank when another one has failed
 SLOTS = 2  # messages under way on a wire
@@ -75,26 +75,11 @@ class Wire:
 
 def join():
     """This rank, connected to all others by Gloo, and with GPUs by NCCL, too."""
-    choose_interface(os.environ["MASTER_ADDR"])
-    store, rank, size = next(dist.rendezvous("env://"))
-    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)  # it is the one of all starts
+    rank, size, addresses, store = machines.join()
+    machines.watch(store, rank, addresses)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     return rank
-
-
-def choose_interface(master):
-    """Let Gloo use the network that leads to rank 0. It would take the host name's, which may be the loopback."""
-    family, kind, _, _, address = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(address)  # sends nothing
-        own = probe.getsockname()[0]
-    if not ipaddress.ip_address(own).is_loopback:
-        import psutil  # here, because one machine does not need it
-
-        interfaces = psutil.net_if_addrs().items()
-        name = next(name for name, addresses in interfaces if own in {a.address for a in addresses})
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def set_up(args):

@@ -20,7 +20,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).parent.parent
-COMMON_NAMES = ("cifar", "cifar_dgl", "dni", "models", "utils")  # modules that several folders have under one name
+COMMON_NAMES = ("cifar", "cifar_dgl", "dni", "machines", "models", "utils")  # modules of several folders
 
 
 def pytest_configure():

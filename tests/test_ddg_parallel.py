@@ -14,7 +14,7 @@ from conftest import ROOT, assert_same, checkpoint_of, load, log_of, python, ref
 from forked_ranks import fork_ranks, run_ranks
 
 parallel = load("ddg_comparisons", "parallel")
-dist, wires = parallel.dist, sys.modules["wires"]
+dist, wires = torch.distributed, sys.modules["wires"]
 SCRIPT = "ddg_comparisons/parallel.py"
 ONE_PROCESS = {"dgl": "cifar_dgl", "ddg": "cifar_ddg", "fr": "cifar_features_replay", "backprop": "cifar_backprop"}
 # 20 images: three whole batches and one of two
@@ -128,23 +128,6 @@ def test_help(tmp_path, monkeypatch):
         monkeypatch.setenv("RANK", str(rank))
         status, text, _ = run(SCRIPT, "--help", cwd=tmp_path)
         assert (status, "--nproc_per_node=2" in text) == (0, rank == 0)
-
-
-def test_gloo_uses_the_network_that_leads_to_rank_0(monkeypatch):
-    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
-    wires.choose_interface("127.0.0.1")
-    assert "GLOO_SOCKET_IFNAME" not in parallel.os.environ
-    import psutil
-
-    address = types.SimpleNamespace(address="127.0.0.1")
-    monkeypatch.setattr(psutil, "net_if_addrs", lambda: {"other0": [], "way0": [address]})
-    monkeypatch.setattr(wires.ipaddress, "ip_address", lambda _: types.SimpleNamespace(is_loopback=False))
-    for chosen in ("way0", "way0"):
-        wires.choose_interface("127.0.0.1")
-        assert parallel.os.environ["GLOO_SOCKET_IFNAME"] == chosen
-    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "mine")
-    wires.choose_interface("127.0.0.1")
-    assert parallel.os.environ["GLOO_SOCKET_IFNAME"] == "mine"
 
 
 # Faults, under torchrun

@@ -1073,21 +1073,21 @@ def test_what_does_not_say_which_rank_this_is(rank, count, monkeypatch, capsys):
         if text is not None:
             monkeypatch.setenv(name, text)
     with pytest.raises(SystemExit) as stop:
-        ranks.place()
+        ranks.machines.place()
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
-    assert f"RANK and WORLD_SIZE ({rank!r} and {count!r}) do not say which rank this is" in message
+    assert f"RANK and WORLD_SIZE ({rank!r} and {count!r}) do not say which rank of a job this is" in message
 
 
 def test_ranks_that_cannot_find_each_other(monkeypatch, capsys):
-    monkeypatch.setattr(ranks, "COUNT", 2)
-    monkeypatch.setattr(utils, "setup", lambda _: torch.device("cpu"))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(SystemExit):
-        ranks.setup(arguments("dgl", "x"))
-    assert "LOCAL_RANK and MASTER_ADDR and MASTER_PORT are not set: start with torchrun" in capsys.readouterr().err
+        ranks.machines.place()
+    assert "LOCAL_RANK and MASTER_ADDR and MASTER_PORT are not set: start the job with torch" in capsys.readouterr().err
 
 
 def test_batch_size_and_ranks(tree, tmp_path, monkeypatch):
