@@ -8,8 +8,8 @@ Starts K ranks for each K. They train the same network on the same batches in al
 times; a figure is the median. Peak memory has parameters and optimizer in it. A pipeline's microbatches are the fastest
 of --microbatches. With --link, the ranks then train in network namespaces joined by links of that rate: module-parallel
 DGL, DDP and 1F1B. "heaviest module" is what an ideal pipeline would reach: the rate of its slowest rank, measured while
-all compute. "predicted" is what schedule.py computes from the modules' times and the speed of the link, and its error
-against the measured median. Prints a table and writes a picture.
+all compute. "predicted" is what schedule.py computes from the modules' times and the speed of the link, with the median
+of its errors in the rounds. Prints a table and writes a picture.
 """
 
 import argparse
@@ -138,24 +138,26 @@ class Bench:
         steps = {way: self.steps(train) for way, train in self.trainers.items()}
         parallel = {way: train for way, train in self.trainers.items() if hasattr(train, "pipeline")}
         places = {balance: self.place(balance) for balance in {train.balance: 0 for train in parallel.values()}}
-        rates, computed = {way: [] for way in self.trainers}, {balance: [] for balance in places}
+        rates, computed = {way: [] for way in self.trainers}, {way: [] for way in parallel}
         for _ in range(self.args.rounds):
             for way, train in self.trainers.items():
                 rates[way].append(self.images_per_second(train, steps[way]))
-            for balance, place in places.items():
-                times = schedule.seconds(*place, self.here.labels, self.args.steps // 2 + 1, dist.barrier)[0]
-                computed[balance].append(self.gathered(times))
-        predicted = {}
+                if way in parallel:  # close in time
+                    place = places[train.balance]
+                    times = schedule.seconds(*place, self.here.labels, self.args.steps // 2 + 1, dist.barrier)[0]
+                    computed[way].append(self.gathered(times))
+        predicted, rounds = {}, {balance: [] for balance in places}
         for way, train in parallel.items():
+            rounds[train.balance] += computed[way]
             transfer, overhead = self.transfers(way, train, *places[train.balance])
             predicted[way] = [
                 self.args.batch_size / schedule.module_parallel(*zip(*times), transfer, overhead, steps[way])
-                for times in computed[train.balance]
+                for times in computed[way]
             ]
-        for balance, rounds in computed.items():
-            name = "DGL, heaviest module" + f", {balance}" * (len(computed) > 1)
-            rates[name] = [self.args.batch_size / max(map(sum, times)) for times in rounds]
-            modules = ", ".join(f"{1e3 * statistics.median(map(sum, module)):.1f}" for module in zip(*rounds))
+        for balance, measured in rounds.items():
+            name = "DGL, heaviest module" + f", {balance}" * (len(rounds) > 1)
+            rates[name] = [self.args.batch_size / max(map(sum, times)) for times in measured]
+            modules = ", ".join(f"{1e3 * statistics.median(map(sum, module)):.1f}" for module in zip(*measured))
             self.notes.append(f"Modules balanced by {balance}: {modules} ms a batch, while all compute")
         return rates, predicted
 
@@ -307,8 +309,10 @@ def main(argv=None):
             table[num_modules, link] = {way: statistics.median(values) for way, values in rates.items()}
             for way, rate in table[num_modules, link].items():
                 spread = f"{min(rates[way]):.3g} to {max(rates[way]):.3g}"
-                computed = statistics.median(predicted.get(way, [0]))
-                computed = f"{computed:.3g} ({100 * (computed / rate - 1):+.1f} %)" if computed else ""
+                computed = ""
+                if way in predicted:
+                    error = statistics.median(p / m - 1 for p, m in zip(predicted[way], rates[way]))
+                    computed = f"{statistics.median(predicted[way]):.3g} ({100 * error:+.1f} %)"
                 peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in memory.get(way, []) if peak)
                 against = f"{rate / base:.2f}" if base else ""
                 row = num_modules, link or "", way, f"{rate:.3g}", spread, against, computed, peaks
