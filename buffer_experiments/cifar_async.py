@@ -36,52 +36,29 @@ from tqdm import tqdm
 
 import cifar
 import transport
-from buffer import PRIORITIES, SAMPLINGS, Buffer, ProductQuantizer, available_memory, groups_and_codewords
+from buffer import ProductQuantizer, available_memory
 from cifar_buffer import evaluate
-from models import add_network_flags, check_network_flags, make_network
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}  # --precision; otherwise float32
+from models import add_flags, check_flags, log_start, make_buffer, make_network
 
 
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
-    cifar.add_data_flags(parser)
+    add_flags(parser, "module")
     add = parser.add_argument
     add("--buffer", type=utils.at_least(0), default=0, help="M, batches in a buffer; 0: one batch")
     add("--block_size", type=utils.at_least(1), default=1, help="layers of a module")
     add("--slow-layer", type=utils.at_least(0), default=0, help="slow down the module with this layer, from 0")
     add("--slowdown", type=utils.at_least(1, float), default=1.0, help="how many times: it sleeps after each step")
-    add(
-        "--pace",
-        type=utils.at_least(0, float),
-        default=0.0,
-        metavar="S",
-        help="seconds of a step, or more; x --slowdown",
-    )
+    add("--pace", type=utils.at_least(0, float), default=0.0, metavar="S", help="least time of a step; x --slowdown")
     add("--sync", action="store_true", help="synchronous DGL as a pipeline: each batch once, in order, waited for")
     add("--idle", action="store_true", help="to measure the transport: steps only sleep for --pace")
-    add("--buffer-sampling", choices=SAMPLINGS, default="priority_lifo", help=PRIORITIES)
-    add("--max-buffer-reuse", type=utils.at_least(1), help="how often a batch is used at most (default: no limit)")
-    add("--quantize", type=groups_and_codewords, metavar="G,V", help="send indices: G groups of channels, V codewords")
-    add("--nepochs", "--epochs", dest="epochs", type=utils.at_least(1), default=50, help="epochs of each module")
-    add("--lr", type=utils.at_least(0, float, above=True), default=0.1, help="learning rate")
-    add("--epochdecay", type=utils.at_least(1), default=15, help="epochs of a module after which it is divided by 5")
-    add("--batch_size", "--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
-    add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
-    add("--ensemble", type=int, choices=[0, 1], default=1, help="test the ensembles of modules 0 to n too")
-    add("--seed", type=utils.at_least(0), help="of the weights and of the data's order")
-    add_network_flags(parser)
     parser.ignore("-j")
     args = parser.parse_args(argv)
-    if args.seed is None:  # a resumed run has the checkpoint's
-        parser.error("--seed is required")
-    check_network_flags(parser, args)
+    check_flags(parser, args)
     if args.slow_layer >= args.ncnn:
         parser.error(f"--slow-layer {args.slow_layer}: the {args.ncnn} layers are 0 to {args.ncnn - 1}")
     if args.idle and not args.pace:
         parser.error("--idle needs --pace SECONDS: how long a step sleeps")
-    if args.quantize and args.feature_size % args.quantize[0]:
-        parser.error(f"--quantize: {args.feature_size} channels cannot be cut into {args.quantize[0]} groups")
     return args
 
 
@@ -102,12 +79,8 @@ class Worker:
         self.args, self.n, self.parts, self.epoch_steps, self.device = args, n, parts, epoch_steps, device
         self.inputs, self.outputs, self.counts, self.disturbed = inputs, outputs, counts, disturbed
         self.block, self.auxiliary_net = parts
-        self.epochs, self.scaler = 0, cifar.grad_scaler(args, device)
-        self.optimizer, self.autocast, self.meter = (
-            self.new_optimizer(),
-            utils.autocast(args, device),
-            cifar.Meter(device),
-        )
+        self.epochs, self.scaler, self.meter = 0, cifar.grad_scaler(args, device), cifar.Meter(device)
+        self.optimizer, self.autocast = self.new_optimizer(), utils.autocast(args, device)
         self.silence = torch.zeros(args.batch_size, *shape, device=device)  # what an idle worker sends
         self.slowdown = args.slowdown if n == args.slow_layer // args.block_size else 1
         self.pace, self.due = self.slowdown * args.pace, time.monotonic()  # due: when the last step should end
@@ -255,7 +228,7 @@ class Received:
 
     def __init__(self, args, shape, device, team, counts):
         size, self.queue = max(args.buffer, 1), queue.SimpleQueue() if args.sync else None
-        self.buffer = make_buffer(args, 1 if args.sync else size, shape, device)
+        self.buffer = make_buffer(args, shape, device, 1 if args.sync else None)
         self.messages = [make_message(self.buffer, device) for _ in range(1 if args.sync else 2)]
         self.free, self.changed, self.ended = threading.Semaphore(size), threading.Condition(), False
         self.team, self.copies, self.counts = team, transport.Copies(device), counts
@@ -306,7 +279,7 @@ class Sending:
 
     def __init__(self, args, shape, device, team, counts):
         self.quantizer = args.quantize and ProductQuantizer(shape[0], *args.quantize, seed=args.seed).to(device)
-        self.message = make_message(make_buffer(args, 1, shape, "meta"), device)
+        self.message = make_message(make_buffer(args, shape, "meta", 1), device)
         self.plain_bytes = args.batch_size * (4 * math.prod(shape) + 8)  # a batch in float32, and its labels
         self.team, self.copies, self.counts, self.sync = team, transport.Copies(device), counts, args.sync
         self.changed, self.waiting, self.busy = threading.Condition(), None, False
@@ -346,13 +319,6 @@ class Sending:
             with self.changed:
                 self.busy = False
                 self.changed.notify_all()
-
-
-def make_buffer(args, size, shape, device):
-    """A buffer of so many batches, with a quantizer that only decodes."""
-    quantizer = args.quantize and ProductQuantizer(shape[0], *args.quantize).to(device)
-    sampling = args.buffer_sampling, args.max_buffer_reuse, args.seed
-    return Buffer(size, args.batch_size, shape, device, DTYPES.get(args.precision, torch.float32), quantizer, *sampling)
 
 
 def make_message(buffer, device):
@@ -466,7 +432,7 @@ def plan_buffers(args, shapes, size, device):
         needs = f"{args.ncnn} layers in modules of {args.block_size} need {len(shapes)} processes, not {size}"
         command = f"torchrun --standalone --nproc_per_node={len(shapes)} cifar_async.py"
         utils.fail(f"{needs}: start with `{command} ...`, or change --block_size")
-    buffers = [make_buffer(args, max(args.buffer, 1), shape, "meta") for shape in shapes[:-1]]
+    buffers = [make_buffer(args, shape, "meta") for shape in shapes[:-1]]
     here = [*range(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))]  # ranks that share rank 0's memory
     if device.type == "cuda":
         here = [rank for rank in here if rank % torch.cuda.device_count() == 0]
@@ -477,13 +443,6 @@ def plan_buffers(args, shapes, size, device):
             "are free: choose a smaller --buffer or --feature_size, or --quantize"
         )
     return buffers
-
-
-def log_start(run, args, buffers):
-    run.log(f"slowdown: {args.slowdown:.3f} of layer {args.slow_layer}")
-    stored, plain = (sum(sizes) for sizes in zip((0, 0), *((b.num_bytes(), b.uncompressed_bytes()) for b in buffers)))
-    factor = f", {plain / stored:.2f} times fewer than uncompressed float32" if buffers else ""
-    run.log(f"buffers: {len(buffers)} of {max(args.buffer, 1)} batches, {stored:,} bytes{factor}")
 
 
 def main(argv=None):
@@ -503,7 +462,7 @@ def main(argv=None):
             members = [Member(tested, n) for n in range(size)]
             run = utils.Run(args, data, fixed=["epochs"], model=tested, members=members)
             if run.epoch == 0:
-                log_start(run, args, buffers)
+                log_start(run, args, buffers, f"{args.slowdown:.3f} of layer {args.slow_layer}")
             if device.type == "cuda":
                 print("cifar_async.py has not been tried on a GPU yet", file=sys.stderr)
             jobs = [(args, data.num_classes, len(data.train), member.state) for member in members]

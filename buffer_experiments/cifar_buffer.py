@@ -22,68 +22,41 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import cifar
-from buffer import PRIORITIES, SAMPLINGS, Buffer, ProductQuantizer, available_memory, groups_and_codewords
-from models import add_network_flags, check_network_flags, make_network
+from buffer import available_memory
+from models import add_flags, check_flags, log_start, make_buffer, make_network
 
 share = utils.at_least(0, float, below=1)
 
 
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
-    cifar.add_data_flags(parser)
+    add_flags(parser, "layer")
     cifar.add_cuda_graph_flag(parser)
     add = parser.add_argument
-    add(
-        "--buffer",
-        type=utils.at_least(0),
-        default=0,
-        help="M, batches in a buffer; 0: one, with layers taking turns",
-    )
+    add("--buffer", type=utils.at_least(0), default=0, help="M, batches in a buffer; 0: one, and layers take turns")
     add("--noise", type=share, default=0.0, help="slow one layer down by 1 / (1 - noise) in random draws")
     add("--layer_noise", type=utils.at_least(0), default=0, help="which layer, from 0")
     add("--layer-sequence", choices=["random", "sequential"], default="random", help="sequential: layers take turns")
-    add("--buffer-sampling", choices=SAMPLINGS, default="priority_lifo", help=PRIORITIES)
-    add("--max-buffer-reuse", type=utils.at_least(1), help="how often a batch is used at most (default: no limit)")
-    add("--quantize", type=groups_and_codewords, metavar="G,V", help="store indices: G groups of channels, V codewords")
-    add("--nepochs", "--epochs", dest="epochs", type=utils.at_least(1), default=50, help="epochs of each layer")
-    add("--lr", type=utils.at_least(0, float, above=True), default=0.1, help="learning rate")
-    add("--epochdecay", type=utils.at_least(1), default=15, help="epochs of a layer after which it is divided by 5")
-    add("--batch_size", "--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
-    add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
-    add("--ensemble", type=int, choices=[0, 1], default=1, help="test the ensembles of layers 0 to n too")
-    add("--seed", type=utils.at_least(0), help="of the weights, the data's order and the layers drawn")
-    add_network_flags(parser)
     parser.ignore("-j", "--workers", "--debug", "--debug_parameters", "--decay", "-r", "--avg_size", "--prog")
     args = parser.parse_args(argv)
-    if args.seed is None:  # a resumed run has the checkpoint's
-        parser.error("--seed is required")
-    check_network_flags(parser, args)
+    check_flags(parser, args)
     if args.layer_noise >= args.ncnn:
         parser.error(f"--layer_noise {args.layer_noise}: the {args.ncnn} layers are 0 to {args.ncnn - 1}")
-    if args.quantize and args.feature_size % args.quantize[0]:
-        parser.error(f"--quantize: {args.feature_size} channels cannot be cut into {args.quantize[0]} groups")
     return args
 
 
 def make_buffers(args, shapes, device):
     """A buffer after each layer but the last. A run that would not fit in memory ends here."""
-    size, sampling = max(args.buffer, 1), (args.buffer_sampling, args.max_buffer_reuse, args.seed)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision, torch.float32)
-
-    def make(device):
-        for shape in shapes[:-1]:
-            quantizer = args.quantize and ProductQuantizer(shape[0], *args.quantize, seed=args.seed).to(device)
-            yield Buffer(size, args.batch_size, shape, device, dtype, quantizer, *sampling)
-
-    needed = sum(buffer.num_bytes() for buffer in make("meta"))
+    needed = sum(make_buffer(args, shape, "meta").num_bytes() for shape in shapes[:-1])
     step = 6 * 4 * args.batch_size * max(math.prod(shape) for shape in shapes)  # activations, gradients: see README.md
     free = available_memory(device)
     if needed + step > free:
         utils.fail(
-            f"{len(shapes) - 1} buffers of {size} batches need {needed / 1e9:.2f} GB, a step {step / 1e9:.2f} GB, and "
-            f"{free / 1e9:.2f} GB are free: choose a smaller --buffer or --feature_size, or --quantize"
+            f"{len(shapes) - 1} buffers of {max(args.buffer, 1)} batches need {needed / 1e9:.2f} GB, a step "
+            f"{step / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: choose a smaller --buffer or --feature_size, or "
+            "--quantize"
         )
-    return [*make(device)]
+    return [make_buffer(args, shape, device) for shape in shapes[:-1]]
 
 
 class Stream:
@@ -263,15 +236,10 @@ def evaluate(model, autocast, batches, quantizers=None):
     return (100 * correct / len(batches.labels)).tolist()
 
 
-def log_start(run, args, buffers):
-    """Log the slowdown, and how much memory the buffers take."""
+def slowdown(args):
     if args.noise and (args.buffer == 0 or args.layer_sequence == "sequential"):
-        run.log("slowdown: none; --noise has no effect while the layers take turns")
-    else:
-        run.log(f"slowdown: {1 / (1 - args.noise):.3f} of layer {args.layer_noise}")
-    stored, plain = (sum(sizes) for sizes in zip((0, 0), *((b.num_bytes(), b.uncompressed_bytes()) for b in buffers)))
-    factor = f", {plain / stored:.2f} times fewer than uncompressed float32" if buffers else ""
-    run.log(f"buffers: {len(buffers)} of {max(args.buffer, 1)} batches, {stored:,} bytes{factor}")
+        return "none; --noise has no effect while the layers take turns"
+    return f"{1 / (1 - args.noise):.3f} of layer {args.layer_noise}"
 
 
 def main(argv=None):
@@ -284,7 +252,7 @@ def main(argv=None):
     train_step.enabled = args.cuda_graph
     run = utils.Run(args, data, fixed=["epochs"], model=model, simulation=simulation, **parts)
     if run.epoch == 0:
-        log_start(run, args, simulation.buffers)
+        log_start(run, args, simulation.buffers, slowdown(args))
     for epoch in run.epochs(args.epochs):
         train_epoch(simulation, epoch)
         tested = evaluate(model, simulation.autocast, data.test)

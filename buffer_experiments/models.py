@@ -1,4 +1,4 @@
-"""The network of Section 5.3's asynchronous experiments (arXiv 1901.08164), for cifar_buffer.py and cifar_async.py.
+"""What cifar_buffer.py and cifar_async.py share: the network of Section 5.3 (arXiv 1901.08164), its buffers, flags.
 
 Shapes are (B, C, H, W); C is a layer's number of channels and s the side of its output in pixels.
 """
@@ -8,9 +8,11 @@ import json
 
 import utils
 
+import torch
 from torch import nn
 
 import cifar
+from buffer import PRIORITIES, SAMPLINGS, Buffer, ProductQuantizer, groups_and_codewords
 from cifar import SIDE
 
 DOWNSAMPLINGS = ["maxpool", "avgpool", "stride", "psi"]
@@ -99,7 +101,7 @@ class BufferNet(nn.Module):
         return self.auxiliary_nets[n](representation), representation
 
 
-# The network's flags, the same in both scripts
+# Flags, the same in both scripts
 
 
 def list_of_layers(text):
@@ -113,7 +115,20 @@ def list_of_layers(text):
     return sorted(layers)
 
 
-def add_network_flags(parser):
+def add_flags(parser, unit):
+    """`unit`: what trains by itself, a layer or a module."""
+    cifar.add_data_flags(parser)
+    add = parser.add_argument
+    add("--buffer-sampling", choices=SAMPLINGS, default="priority_lifo", help=PRIORITIES)
+    add("--max-buffer-reuse", type=utils.at_least(1), help="how often a batch is used at most (default: no limit)")
+    add("--quantize", type=groups_and_codewords, metavar="G,V", help="store indices: G groups of channels, V codewords")
+    add("--nepochs", "--epochs", dest="epochs", type=utils.at_least(1), default=50, help=f"epochs of each {unit}")
+    add("--lr", type=utils.at_least(0, float, above=True), default=0.1, help="learning rate")
+    add("--epochdecay", type=utils.at_least(1), default=15, help=f"epochs of a {unit} after which it is divided by 5")
+    add("--batch_size", "--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
+    add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
+    add("--ensemble", type=int, choices=[0, 1], default=1, help=f"test the ensembles of {unit}s 0 to n too")
+    add("--seed", type=utils.at_least(0), help="of the weights and of all that is drawn")
     add = parser.add_argument_group("the network").add_argument
     add("--ncnn", type=utils.at_least(1), default=6, help="layers")
     add("--feature_size", type=utils.at_least(1), default=128, help="channels of the first layer")
@@ -126,8 +141,10 @@ def add_network_flags(parser):
     add("--bn", type=int, choices=[0, 1], default=1, help="BatchNorm everywhere (1), or convolutions with bias (0)")
 
 
-def check_network_flags(parser, args):
-    """Refuse a network that is impossible: one line, exit status 2. The default of --down depends on --ncnn."""
+def check_flags(parser, args):
+    """Refuse what is impossible: one line, exit status 2. The default of --down depends on --ncnn."""
+    if args.seed is None:  # a resumed run has the checkpoint's
+        parser.error("--seed is required")
     if args.down is None:
         args.down = [n for n in (1, 3) if n < args.ncnn - 1]
     if args.down and args.down[-1] > args.ncnn - 2:
@@ -135,6 +152,8 @@ def check_network_flags(parser, args):
         parser.error(f"--down {args.down}: no layer follows layer {args.down[-1]} of {args.ncnn}; {last}")
     if SIDE >> len(args.down) < 1:
         parser.error(f"--down {args.down} halves {SIDE} pixels {len(args.down)} times; at most 5 are possible")
+    if args.quantize and args.feature_size % args.quantize[0]:
+        parser.error(f"--quantize: {args.feature_size} channels cannot be cut into {args.quantize[0]} groups")
 
 
 def make_network(args, num_classes, block_size=1):
@@ -152,3 +171,19 @@ def make_network(args, num_classes, block_size=1):
         block_size,
     )
     return cifar.init_batch_norm(network, args.bn_init)
+
+
+def make_buffer(args, shape, device, size=None):
+    """A buffer after a layer of shape (C, s, s), of --buffer batches or of another size."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision, torch.float32)
+    quantizer = args.quantize and ProductQuantizer(shape[0], *args.quantize, seed=args.seed).to(device)
+    sampling = args.buffer_sampling, args.max_buffer_reuse, args.seed
+    return Buffer(size or max(args.buffer, 1), args.batch_size, shape, device, dtype, quantizer, *sampling)
+
+
+def log_start(run, args, buffers, slowdown):
+    """Log the slowdown, and how much memory the buffers take."""
+    run.log(f"slowdown: {slowdown}")
+    stored, plain = (sum(sizes) for sizes in zip((0, 0), *((b.num_bytes(), b.uncompressed_bytes()) for b in buffers)))
+    factor = f", {plain / stored:.2f} times fewer than uncompressed float32" if buffers else ""
+    run.log(f"buffers: {len(buffers)} of {max(args.buffer, 1)} batches, {stored:,} bytes{factor}")

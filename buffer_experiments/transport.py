@@ -1,110 +1,30 @@
 """What the ranks of a training job tell each other, over torch.distributed with Gloo: batches, and news to rank 0.
 
-Nobody waits for another rank's training, as threads always have receives posted. How a job ends early: each second,
-every rank adds to a number in torchrun's store. The first rank that fails says why and notes it there, and the others
-end in silence. If a rank is killed, connections to it break; if a machine is gone, its numbers stand still.
+Nobody waits for another rank's training, as threads always have receives posted. How a job ends early: the first rank
+that fails says why and notes it in the job's store, and the others end in silence. If a rank is killed, connections to
+it break.
 """
 
 import collections
 import contextlib
 import datetime
-import ipaddress
 import itertools
 import os
 import queue
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
-import uuid
-
-import utils
 
 import torch
 import torch.distributed as dist
 
+import machines
+
 FOREVER = datetime.timedelta(days=365)  # may pass between two messages: a module may be slow
-SILENCE = 30  # seconds
-GONE = f"for {SILENCE} s: that machine has gone, or the network between has; --resume goes on from the last checkpoint"
 BATCH = 1  # tag of a batch; that of news is 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
-
-
-def join_job():
-    """(rank, address of each rank's machine, two connections to the job's store), from torchrun.
-
-    Without it, this process is alone.
-    """
-    names = ("RANK", "WORLD_SIZE", "MASTER_PORT", "MASTER_ADDR")
-    if not any(os.environ.get(name) for name in names[:2]):
-        return 0, [""], dist.HashStore(), dist.HashStore()
-    *numbers, host = (os.environ.get(name, "") for name in names)
-    rank, size, port = (int(number) if number.isdecimal() else -1 for number in numbers)
-    if not 0 <= rank < size or not 0 <= port < 2**16 or not host:
-        given = " ".join(f"{name}={os.environ.get(name, '')}" for name in names)
-        utils.fail(f"the environment says only in part who takes part in this job ({given}): start with torchrun")
-    servers = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True", False
-    try:
-        stores = [dist.TCPStore(host, port, is_master=server, wait_for_workers=False) for server in servers]
-        prefix = meet(stores[0], rank, size)
-        stores = [dist.PrefixStore(prefix, store) for store in stores]
-        addresses = choose_interface(stores[0], rank, size, host)
-    except (dist.DistError, OSError) as error:
-        reason = str(error).splitlines()[0]
-        utils.fail(
-            f"no connection to the job at {host}:{port}, or it has ended ({reason}): does --master-addr lead there?"
-        )
-    return rank, addresses, *stores
-
-
-def meet(store, rank, size):
-    """A prefix for this start of the job: torchrun's store may still hold what an earlier one has written.
-
-    Each rank asks under a name that no earlier process had, and rank 0 answers until all have the prefix.
-    """
-    name = uuid.uuid4().hex
-    if rank:
-        store.set(f"question {rank}", name)
-        prefix = store.get(f"answer {name}").decode()
-        store.add(f"{prefix} arrived", 1)
-        return prefix
-    while store.add(f"{name} arrived", 0) < size - 1:
-        for question in [f"question {other}" for other in range(1, size)]:
-            if store.check([question]):  # perhaps an earlier process's: the answer does no harm
-                store.set(f"answer {store.get(question).decode()}", name)
-        time.sleep(0.05)
-    return name
-
-
-def choose_interface(store, rank, size, master):
-    """Let Gloo use the network interface that leads to the other machines, unless GLOO_SOCKET_IFNAME names one.
-
-    Gloo would take the address that the host's name has: on a stock Debian or Ubuntu, the loopback. Returns the address
-    of each rank's machine.
-    """
-    import psutil  # only needed here
-
-    own = address_towards(master)
-    store.set(f"address {rank}", own)
-    addresses = [store.get(f"address {other}").decode() for other in range(size)]
-    if (others := {*addresses} - {own}) and ipaddress.ip_address(
-        own
-    ).is_loopback:  # the master is a name, and this is its machine
-        own = address_towards(min(others))
-    for interface, found in psutil.net_if_addrs().items():
-        if own in {item.address.split("%")[0] for item in found}:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)
-    return addresses
-
-
-def address_towards(host):
-    """This machine's address in the network that leads to a host."""
-    family, kind, _, _, target = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
-    with socket.socket(family, kind) as probe:
-        probe.connect(target)  # sends nothing, only asks for the way
-        return probe.getsockname()[0].split("%")[0]
 
 
 class Team:
@@ -116,16 +36,15 @@ class Team:
     """
 
     def __init__(self):
-        self.rank, self.addresses, self.store, self.store_of_gloo = join_job()
-        self.size = len(self.addresses)
+        self.rank, self.size, addresses, self.store = machines.join()
+        self.silence = machines.watch(self.store, self.rank, addresses)
         self.news, self.threads, self.over, self.speaking = queue.SimpleQueue(), [], None, threading.Lock()
-        self.done, self.closing, self.heard = threading.Event(), threading.Event(), threading.Event()
+        self.done, self.closing = threading.Event(), threading.Event()
         self.store.set("checkpoint", "none yet")
         signal.signal(signal.SIGINT, signal.default_int_handler)
         if self.size > 1:
             signal.signal(signal.SIGTERM, self.terminated)
-        self.thread(self.beat)
-        self.thread(self.watch)
+        self.thread(self.follow)
 
     def thread(self, function, *arguments):
         def guarded():
@@ -138,7 +57,7 @@ class Team:
     def scatter(self, contents):
         """Connect all ranks, waiting for the last one. Returns this rank's item of the contents, rank 0's list."""
         try:
-            dist.init_process_group("gloo", None, FOREVER, self.size, self.rank, self.store_of_gloo)
+            dist.init_process_group("gloo", None, FOREVER, self.size, self.rank, self.store.clone())
         except RuntimeError as error:
             interface, reason = os.environ.get("GLOO_SOCKET_IFNAME"), str(error).splitlines()[0]
             advice = "set GLOO_SOCKET_IFNAME on each machine to the one that leads to the others"
@@ -202,8 +121,7 @@ class Team:
         self.closing.set()
         for thread in self.threads:
             thread.join()
-        dist.barrier()  # the store may be rank 0's
-        dist.destroy_process_group()
+        machines.leave()
 
     # A job that ends early
 
@@ -233,6 +151,8 @@ class Team:
             yield
         except RuntimeError:
             time.sleep(patience)
+            while max(self.silence.values(), default=0) > 5:  # a machine may be gone: then machines.watch says so
+                time.sleep(1)
             self.end(f"{who} died")
 
     def end(self, reason):
@@ -268,35 +188,13 @@ class Team:
         timer.daemon = True
         timer.start()
 
-    def beat(self):
-        """A thread: a sign of life each second. It ends this process if another rank has ended, or is silent."""
-        beats = silent = [0] * self.size
-        with contextlib.suppress(RuntimeError):  # the store is gone: `watch` says so
+    def follow(self):
+        """A thread that ends this process after another one, which this one might not notice or wait for forever."""
+        with self.blame("torchrun", 3):  # which has the store
             while not self.closing.wait(1):
-                before = beats
-                beats = [self.store.add(f"beat {rank}", int(rank == self.rank)) for rank in range(self.size)]
-                silent = [seconds + 1 if old == new else 0 for seconds, old, new in zip(silent, before, beats)]
-                self.heard.set()
-                if gone := {rank for rank, seconds in enumerate(silent) if seconds >= SILENCE}:
-                    machines = {self.addresses[rank] for rank in gone} - {self.addresses[self.rank]}
-                    who = ", ".join(sorted(machines)) or f"rank {min(gone)}"
-                    self.end(f"Nothing has been heard from {who} {GONE}")
                 if self.store.add("ended", 0) and not self.closing.wait(1):  # torchrun names who ends first
                     with self.speaking:
                         os._exit(1)
-
-    def watch(self):
-        """A thread that ends this process if `beat` waits for the store forever: its connection may just be silent."""
-        silent = 0
-        while not self.closing.is_set():
-            silent = 0 if self.heard.wait(1) else silent + 1
-            self.heard.clear()
-            if silent >= SILENCE:
-                if LOCAL_RANK == 0:  # speaks for this machine
-                    line = f"Nothing has been heard from {os.environ['MASTER_ADDR']} {GONE}\n"
-                    print(line, end="", file=sys.stderr, flush=True)
-                time.sleep(1)
-                os._exit(1)
 
 
 class Message:
