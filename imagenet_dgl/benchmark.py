@@ -290,7 +290,8 @@ def in_ranks(args, num_modules, link):
 def main(argv=None):
     args = parse_args(argv)
     utils.on_interrupt("Interrupted.")
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is not to tell of its starts
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler is not to tell of its starts,
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")  # nor a rank's end of tqdm's lock
     if args.link and (reason := links.why_not()):
         print(f"--link: skipped, since this machine does not permit it ({reason})")
         args.link = []
