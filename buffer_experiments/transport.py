@@ -36,8 +36,7 @@ class Team:
     """
 
     def __init__(self):
-        self.rank, self.size, addresses, self.store = machines.join()
-        self.silence = machines.watch(self.store, self.rank, addresses)
+        self.rank, self.size, self.store, self.silence = machines.join("gloo", FOREVER)
         self.news, self.threads, self.over, self.speaking = queue.SimpleQueue(), [], None, threading.Lock()
         self.done, self.closing = threading.Event(), threading.Event()
         self.store.set("checkpoint", "none yet")
@@ -55,13 +54,7 @@ class Team:
         self.threads[-1].start()
 
     def scatter(self, contents):
-        """Connect all ranks, waiting for the last one. Returns this rank's item of the contents, rank 0's list."""
-        try:
-            dist.init_process_group("gloo", None, FOREVER, self.size, self.rank, self.store.clone())
-        except RuntimeError as error:
-            interface, reason = os.environ.get("GLOO_SOCKET_IFNAME"), str(error).splitlines()[0]
-            advice = "set GLOO_SOCKET_IFNAME on each machine to the one that leads to the others"
-            self.end(f"Rank {self.rank} cannot connect over the network interface {interface} ({reason}): {advice}")
+        """This rank's item of the contents, rank 0's list."""
         received = [None]
         with self.blame("A rank", 3):
             dist.scatter_object_list(received, contents)
@@ -139,6 +132,7 @@ class Team:
             self.last_words()  # this process has said everything
             if self.size > 1:
                 os._exit(stop.code)
+            dist.destroy_process_group()
             raise
         except BaseException as error:
             traceback.print_exc()
@@ -159,8 +153,8 @@ class Team:
         """End this process, and so the job. Only the first rank that does it gives its reason."""
         with self.speaking:
             if words := self.last_words():
-                line = f"{reason}; {words}\n".replace("checkpoint; the last checkpoint", "checkpoint")
-                print(line, end="", file=sys.stderr, flush=True)  # in one piece, as other processes write there too
+                # In one piece, as other processes write there too
+                print(f"{reason}; {words}\n", end="", file=sys.stderr, flush=True)
             os._exit(1)
 
     def last_words(self):

@@ -43,21 +43,30 @@ def place():
     return rank, count
 
 
-def join():
-    """Find the other ranks.
+def join(backend="gloo", timeout=None):
+    """Connect this rank to all others, and watch their machines.
+
+    Args:
+        backend, timeout: as for init_process_group.
 
     Returns:
-        rank, number of ranks, address of each rank's machine (different machines have different ones), and a store that
-        is new in this start of the job.
+        rank, number of ranks, a store that is new in this start of the job, and what `watch` returns.
     """
     rank, count = place()
-    if count == 1:
-        return 0, 1, [""], dist.HashStore()
     try:
-        store = meet(connect(rank), rank, count)
-        return rank, count, choose_interface(store, rank, count), store
+        store = meet(connect(rank), rank, count) if count > 1 else dist.HashStore()
+        addresses = choose_interface(store, rank, count) if count > 1 else [""]
     except dist.DistError as error:  # the job has ended meanwhile, or the port is in use
         utils.fail(f"the ranks of the job have not found each other: {str(error).splitlines()[0]}")
+    silence = watch(store, rank, addresses)
+    try:
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=count)
+    except RuntimeError as error:
+        utils.fail(
+            f"Gloo cannot connect the ranks ({str(error).splitlines()[0]}): set GLOO_SOCKET_IFNAME on every machine to "
+            "its interface in the network of the others"
+        )
+    return rank, count, store, silence
 
 
 def connect(rank):
@@ -145,7 +154,8 @@ def watch(store, rank, addresses):
     When a machine loses its power, or the network is cut, TCP (and so Gloo) notices only after a quarter of an hour.
 
     Args:
-        store, addresses: as `join` returns them.
+        store: new in this start of the job.
+        addresses: of each rank's machine.
 
     Returns:
         The seconds since each other machine was heard of, a dictionary that changes.

@@ -11,8 +11,6 @@ import utils
 import torch
 import torch.distributed as dist
 
-import machines
-
 PATIENCE = 10  # seconds in which torchrun ends this rank when another one has failed
 SLOTS = 2  # messages under way on a wire
 
@@ -71,15 +69,6 @@ class Wire:
     def put_back(self, x):
         """Let the next `receive` return x."""
         self.coming.appendleft((None, x))
-
-
-def join():
-    """This rank, connected to all others by Gloo, and with GPUs by NCCL, too."""
-    rank, size, addresses, store = machines.join()
-    machines.watch(store, rank, addresses)
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    return rank
 
 
 def set_up(args):

@@ -80,16 +80,7 @@ def setup(args):
         torch.set_num_threads(1)
     if RANK:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
-    *_, addresses, store = machines.join()
-    machines.watch(store, RANK, addresses)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    try:
-        dist.init_process_group(backend, store=store, rank=RANK, world_size=COUNT)
-    except RuntimeError as error:
-        utils.fail(
-            f"Gloo cannot connect the ranks ({str(error).splitlines()[0]}): set GLOO_SOCKET_IFNAME on every machine to "
-            "its interface in the network of the others"
-        )
+    machines.join("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     compare_checkpoints(args.resume)
     return device
 

@@ -33,6 +33,7 @@ def arrange(rank, when, what):
         if rank in (here, "all") and count == (when if isinstance(when, int) else 5):
             while isinstance(when, str) and not os.path.exists(when):
                 time.sleep(0.01)
+            time.sleep(0.2)  # until rank 0 has noted it in the store
             with open(os.environ.get("FAULT", "fault") + ".time", "w") as file:
                 file.write(str(time.time()))
             if what == "nan":

@@ -4,7 +4,6 @@ import datetime
 import re
 import shutil
 import subprocess
-import sys
 import types
 
 import conftest
@@ -14,7 +13,7 @@ from conftest import ROOT, assert_same, checkpoint_of, load, log_of, python, ref
 from forked_ranks import fork_ranks, run_ranks
 
 parallel = load("ddg_comparisons", "parallel")
-dist, wires = torch.distributed, sys.modules["wires"]
+dist = torch.distributed
 SCRIPT = "ddg_comparisons/parallel.py"
 ONE_PROCESS = {"dgl": "cifar_dgl", "ddg": "cifar_ddg", "fr": "cifar_features_replay", "backprop": "cifar_backprop"}
 # 20 images: three whole batches and one of two
@@ -82,7 +81,7 @@ def test_all_modules_work_at_the_same_time(method):
     def work(rank):
         args = parallel.argparse.Namespace(method=method, num_splits=num_splits, depth=14, precision="fp32")
         args.bn_init, args.compile = "ones", False
-        wires.join()
+        parallel.machines.join()
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
         ports = [store and store.port]
         dist.broadcast_object_list(ports)

@@ -228,20 +228,19 @@ def test_a_port_that_is_none(port, monkeypatch, capsys):
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", port)
     with pytest.raises(SystemExit) as stop:
-        ranks.connect()
+        ranks.machines.connect(0)
     assert stop.value.code == 2
     assert f"error: MASTER_PORT is {port!r}, not the number of a port" in capsys.readouterr().err
 
 
 def test_rank_0_that_cannot_be_reached(monkeypatch, capsys):
-    monkeypatch.setattr(ranks, "CONNECT", 1)
-    monkeypatch.setattr(ranks, "RANK", 1)
+    monkeypatch.setattr(ranks.machines, "CONNECT", 1)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     monkeypatch.setenv("MASTER_ADDR", "::1")
     with socket.create_server(("::1", 0), family=socket.AF_INET6) as server:  # a port that is free afterwards
         monkeypatch.setenv("MASTER_PORT", str(server.getsockname()[1]))
     with pytest.raises(SystemExit) as stop:
-        ranks.connect()
+        ranks.machines.connect(1)
     assert stop.value.code == 2
     message = capsys.readouterr().err
     assert message.count("\n") == 1
