@@ -69,7 +69,7 @@ def evaluate(model, autocast, batches):
     return training.percent(correct, count)
 
 
-@ranks.one_message()
+@ranks.one_message
 def main(argv=None):
     args = parse_args(argv)
     if args.flops:

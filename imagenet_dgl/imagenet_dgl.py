@@ -206,7 +206,7 @@ def make_modules(model, args, device, pipeline):
     return [training.to_device(modules[pipeline.n], args, device, pipeline.group)]
 
 
-@ranks.one_message()
+@ranks.one_message
 def main(argv=None):
     args = parse_args(argv)
     if args.flops:

@@ -4,6 +4,7 @@ Without torchrun there is one rank, and everything here does nothing.
 """
 
 import contextlib
+import functools
 import inspect
 import os
 import signal
@@ -34,17 +35,21 @@ def share(pipeline=None):
     return (pipeline.replica, pipeline.replicas) if pipeline else (RANK, COUNT)
 
 
-@contextlib.contextmanager
-def one_message():
+def one_message(main):
     """Let only the rank that fails speak: torchrun ends those that fail because it has gone. No traceback of faults
     outside the program."""
-    try:
-        with without_traceback():
-            yield
-    except KeyboardInterrupt:  # perhaps while a rank that has lost another one waits
-        if RANK:
-            raise SystemExit(1) from None
-        raise
+
+    @functools.wraps(main)
+    def quiet(*args, **kwargs):
+        try:  # around the context manager: Ctrl-C may come when another rank is lost, before its __exit__ has begun
+            with without_traceback():
+                return main(*args, **kwargs)
+        except KeyboardInterrupt:
+            if RANK:
+                raise SystemExit(1) from None
+            raise
+
+    return quiet
 
 
 @contextlib.contextmanager

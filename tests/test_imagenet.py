@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import datetime
 import errno
 import itertools
 import multiprocessing
@@ -12,6 +13,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 import weakref
@@ -19,6 +21,7 @@ import weakref
 import conftest
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT, assert_same, checkpoint_of, copy_tree, forked, load, run, torchrun
 from forked_ranks import fork_ranks, run_ranks
@@ -1040,17 +1043,21 @@ def test_another_rank_says_nothing_when_it_is_stopped(monkeypatch):
     def interrupt(_=0):
         raise KeyboardInterrupt
 
-    def lose_a_rank():  # and be stopped while waiting
+    def lose_a_rank():
         raise RuntimeError("[gloo/transport/tcp/pair.cc] Connection closed by peer")
 
+    def lose_a_rank_and_be_stopped_at_once():
+        threading.Timer(0.1, os.kill, (os.getpid(), signal.SIGINT)).start()
+        dist.HashStore().wait(["nothing"], datetime.timedelta(seconds=0.3))  # raises, and then Python sees the signal
+
     monkeypatch.setattr(time, "sleep", interrupt)
-    for happen in (interrupt, lose_a_rank):
-        with pytest.raises(SystemExit) as stop, ranks.one_message():
-            happen()
+    for happen in (interrupt, lose_a_rank, lose_a_rank_and_be_stopped_at_once):
+        with pytest.raises(SystemExit) as stop:
+            ranks.one_message(happen)()
         assert stop.value.code == 1
     monkeypatch.setattr(ranks, "RANK", 0)
-    with pytest.raises(KeyboardInterrupt), ranks.one_message():
-        interrupt()
+    with pytest.raises(KeyboardInterrupt):
+        ranks.one_message(interrupt)()
 
 
 def test_another_rank_waits_before_it_says_that_a_loss_is_not_finite(monkeypatch):

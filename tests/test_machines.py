@@ -21,7 +21,7 @@ from forked_ranks import fork_ranks
 from PIL import Image
 
 load("imagenet_dgl", "imagenet_dgl")
-ranks = sys.modules["ranks"]
+ranks, meeting = sys.modules["ranks"], sys.modules["machines"]  # machines is a fixture here
 
 IMAGENET = "imagenet_dgl/imagenet_dgl.py"
 SMALL = ["-j", 0, "-b", 6, "--image-size", 32, "--lr", 0.01, "--threads", 1, "--arch", "squeezenet1_1", "-p", 0]
@@ -197,7 +197,7 @@ def set_up(rank, machine):
 
 
 def test_the_user_s_interface_is_kept(machines, monkeypatch, capfd):
-    """Here it is one that cannot work; the other rank is told to give up."""
+    """Here it is one that cannot work, which each rank says."""
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "missing0")
     monkeypatch.setattr(time, "sleep", lambda _: None)
     assert fork_ranks(2, lambda rank: set_up(rank, machines[rank]), ranks) == [2, 2]
