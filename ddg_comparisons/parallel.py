@@ -209,9 +209,9 @@ def main(argv=None):
         args = parse_args(argv)
     else:
         args = None
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # rank 0 says what there is to say
         if {"-h", "--help"} & {*(sys.argv if argv is None else argv)}:
             return
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # rank 0 says what there is to say
     with wires.quiet():
         run_rank(args)
 
