@@ -2,11 +2,11 @@
 
     python benchmark.py                                   # ResNet-110, K = 2, on two CPU cores
     python benchmark.py --num_splits 4                    # on as many GPUs, or CPU cores
-    python benchmark.py --links none 1gbit 100mbit        # also with slow links between the ranks: Linux, as root
+    python benchmark.py --link none 1gbit 100mbit         # also with slow links between the ranks: Linux, as root
 
 Starts K ranks, which train the same network on the same random batch by all methods in turn, --rounds times. A figure
 is the median. A round's speed is that of the last rank, without the first steps, in which the pipeline fills. With
---links, each rank has a network namespace, as if on a machine of its own, and `tc` limits what it sends.
+--link, each rank has a network namespace, as if on a machine of its own, and `tc` limits what it sends.
 """
 
 import argparse
@@ -51,7 +51,14 @@ def parse_args(argv=None):
     add("--steps", type=utils.at_least(1), default=8, help="measured in a round: 8")
     add("--rounds", type=utils.at_least(1), default=5, help="5")
     add("--threads", type=utils.at_least(1), default=1, help="of a rank on a CPU: 1")
-    add("--links", nargs="+", type=link, default=[], help="rates of what a rank sends, such as 1gbit; none: unlimited")
+    add(
+        "--link",
+        nargs="+",
+        type=link,
+        default=[],
+        metavar="RATE",
+        help="rates of what a rank sends, such as 1gbit; none: unlimited",
+    )
     add("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the forward passes: fp32")
     add("--no-cuda", action="store_true", help="use the CPU even if there are GPUs")
     parser.set_defaults(seed=0, compile=False, bn_init="ones")
@@ -63,14 +70,14 @@ def parse_args(argv=None):
     args.cuda = torch.cuda.is_available() and not args.no_cuda
     if args.cuda and torch.cuda.device_count() < args.num_splits:
         parser.error(f"--num_splits {args.num_splits}: this machine has {torch.cuda.device_count()} GPUs; or --no-cuda")
-    if args.links:
+    if args.link:
         needed = "ip link add a0 type veth peer name a1; ip link add b0 type bridge; tc qdisc add dev a0 root "
         try:
             command = ["unshare", "--net", "sh", "-ec", needed + limit("1gbit")]
             subprocess.run(command, check=True, capture_output=True, text=True)
         except (OSError, subprocess.CalledProcessError) as error:
             said = (getattr(error, "stderr", None) or str(error)).strip()
-            parser.error(f"--links needs Linux, root, and the commands ip, tc and unshare: {said}")
+            parser.error(f"--link needs Linux, root, and the commands ip, tc and unshare: {said}")
     return args
 
 
@@ -131,7 +138,7 @@ class Rank:
 def work(rank, args, folder, results):
     """A rank: all methods in turn, on each link. The last one puts the figures into `results`."""
     utils.setup(args)
-    if args.links:
+    if args.link:
         plug_in(dist.FileStore(f"{folder}/network"), rank, args.num_splits)
     if args.cuda:
         torch.cuda.set_device(rank)
@@ -141,8 +148,8 @@ def work(rank, args, folder, results):
     for method in args.methods:
         modules[method], memory[method] = here.module(method), [None] * args.num_splits
         dist.all_gather_object(memory[method], here.peak_memory(method, modules[method]))
-    for rate in args.links or ["none"]:
-        if args.links:
+    for rate in args.link or ["none"]:
+        if args.link:
             subprocess.run(["tc", "qdisc", "del", "dev", DEVICE, "root"], capture_output=True)  # if there is one
         if rate != "none":
             do(f"tc qdisc add dev {DEVICE} root {limit(rate)}")

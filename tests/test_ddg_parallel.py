@@ -210,14 +210,14 @@ def test_benchmark(tmp_path):
     tiny = ["--depth", 8, "--batch-size", 4, "--steps", 2, "--rounds", 2, "--no-cuda"]
     table = r"^\| {} \| {} \| \d+\.\d \| \d+\.\d to \d+\.\d \| \d+\.\d\d \| \d+, \d+ \|$"
     links = ["none", "100mbit"] if shaped_links_work() else []
-    done = python(ROOT / "ddg_comparisons/benchmark.py", *tiny, *(["--links", *links] * bool(links)), cwd=tmp_path)
+    done = python(ROOT / "ddg_comparisons/benchmark.py", *tiny, *(["--link", *links] * bool(links)), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     for link in links or ["none"]:
         for method in ONE_PROCESS:
             assert len(re.findall(table.format(link, method), done.stdout, re.MULTILINE)) == 1
     for flags, message in [
         (["--depth", 9], "--depth 9 is not 6n+2"),
-        (["--links", "fast"], "'fast' is not a rate"),
+        (["--link", "fast"], "'fast' is not a rate"),
     ]:
         done = python(ROOT / "ddg_comparisons/benchmark.py", *tiny, *flags, cwd=tmp_path)
         refused((done.returncode, done.stdout, done.stderr), message)
