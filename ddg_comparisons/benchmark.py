@@ -181,7 +181,8 @@ def plug_in(store, rank, count):
     do(f"ip address add 10.0.0.{rank + 1}/24 dev {DEVICE}")
     do(f"ip link set {DEVICE} up")
     # Also on GPUs, all goes through the link
-    os.environ.update(GLOO_SOCKET_IFNAME=DEVICE, NCCL_SOCKET_IFNAME=DEVICE, NCCL_P2P_DISABLE="1", NCCL_SHM_DISABLE="1")
+    os.environ.update(GLOO_SOCKET_IFNAME=DEVICE, NCCL_SOCKET_IFNAME=DEVICE, NCCL_NET="Socket")
+    os.environ.update(NCCL_P2P_DISABLE="1", NCCL_SHM_DISABLE="1")
 
 
 def do(command):

@@ -54,13 +54,24 @@ def parse_args(argv=None):
         choices=["flops", "memory", "time"],
         nargs="+",
         default=["flops"],
-        help="of modules; several: flops",
+        help="what is equal in modules; one or more: flops",
     )
-    add("--send-precision", choices=PRECISIONS, nargs="+", default=["fp32"], help="between modules; several: fp32")
+    add(
+        "--send-precision",
+        choices=PRECISIONS,
+        nargs="+",
+        default=["fp32"],
+        help="of what modules send; one or more: fp32",
+    )
     add("--link", type=links.rate, nargs="+", default=[], metavar="RATE", help="such as 10gbit 1gbit 100mbit; as root")
     add("--ways", nargs="+", metavar="TEXT", help="only those with one of these in their name, such as DDP")
     add("--microbatches", type=utils.at_least(1), nargs="+", default=[2, 4, 8, 16], help="to search: 2 4 8 16")
-    add("--steps", type=utils.at_least(1), default=20, help="of module-parallel DGL in a round; others a third: 20")
+    add(
+        "--steps",
+        type=utils.at_least(1),
+        default=20,
+        help="of module-parallel DGL in a round: 20; the others do a third",
+    )
     add("--seconds", type=utils.at_least(0, float), default=10, help="a round of one way: 10, then fewer steps")
     add("--rounds", type=utils.at_least(1), default=5, help="5")
     add("--threads", type=utils.at_least(1), default=1, help="of a rank on a CPU: 1")
@@ -71,8 +82,11 @@ def parse_args(argv=None):
     args.cuda = torch.cuda.is_available() and not args.no_cuda
     if args.cuda and torch.cuda.device_count() < max(args.num_modules):
         parser.error(f"{max(args.num_modules)} modules need as many GPUs; this machine has {torch.cuda.device_count()}")
-    if any(args.batch_size % parts for parts in [*args.num_modules, *args.microbatches]):
-        parser.error(f"--batch-size {args.batch_size} cannot be shared out to ranks or microbatches evenly")
+    args.microbatches = [count for count in args.microbatches if args.batch_size % count == 0]
+    if not args.microbatches or any(args.batch_size % K for K in args.num_modules):
+        parser.error(f"--batch-size {args.batch_size} cannot be shared out evenly")
+    if not Path(args.picture).absolute().parent.is_dir():
+        parser.error(f"--picture {args.picture}: there is no such folder")
     if not any(map(functools.partial(is_wanted, args), ways.all_ways(args))):
         parser.error(f"no way has any of {args.ways} in its name; they are: {', '.join(ways.all_ways(args))}")
     try:
@@ -110,7 +124,7 @@ class Bench:
     def add(self, way, make):
         """Build a way, with the best number of microbatches, and measure its memory."""
         try:
-            train, _ = make(self.here)
+            train = make(self.here)[0]
             if isinstance(train, ways.Pipeline):
                 make = functools.partial(make, microbatches=self.fastest(train))
                 way += f" ({make.keywords['microbatches']} microbatches)"
@@ -122,19 +136,19 @@ class Bench:
             self.memory[way] = self.gathered(peak)
 
     def fastest(self, pipeline):
-        """The number of microbatches with which a pipeline trains fastest, in a short round."""
+        """The number of microbatches with which a pipeline trains fastest: the median of three short rounds."""
         found = {}
-        for microbatches in self.args.microbatches:
+        for microbatches in 3 * self.args.microbatches:
             with contextlib.suppress(ValueError):  # a number that the schedule does not take
                 pipeline.use(microbatches)
                 pipeline(1)
-                found[microbatches] = self.images_per_second(pipeline, 2)
+                found.setdefault(microbatches, []).append(self.images_per_second(pipeline, 1))
         if not found:
             raise ValueError(f"it takes none of --microbatches {self.args.microbatches}")
-        return self.from_rank_0(max(found, key=found.get))
+        return self.from_rank_0(max(found, key=lambda n: statistics.median(found[n])))
 
     def run(self):
-        """{way: images/s of each round}, and of the module-parallel ones as predicted."""
+        """{way: images/s of each round}, and the same as predicted, for the module-parallel ways."""
         steps = {way: self.steps(train) for way, train in self.trainers.items()}
         parallel = {way: train for way, train in self.trainers.items() if hasattr(train, "pipeline")}
         places = {balance: self.place(balance) for balance in {train.balance: 0 for train in parallel.values()}}
@@ -144,7 +158,7 @@ class Bench:
                 rates[way].append(self.images_per_second(train, steps[way]))
                 if way in parallel:  # close in time
                     place = places[train.balance]
-                    times = schedule.seconds(*place, self.here.labels, self.args.steps // 2 + 1, dist.barrier)[0]
+                    times = schedule.seconds(*place, self.here.labels, steps[way] // 2 + 1, dist.barrier)[0]
                     computed[way].append(self.gathered(times))
         predicted, rounds = {}, {balance: [] for balance in places}
         for way, train in parallel.items():
@@ -224,11 +238,13 @@ class Bench:
         gc.collect()
         with contextlib.ExitStack() as stack:
             if self.args.cuda:
+                unit = torch.ones(8, 8, device=self.here.device, requires_grad=True)
+                (unit @ unit).sum().backward()  # cuBLAS's workspaces stay, and belong to no way
                 before = torch.cuda.memory_allocated()
             else:
                 cpu = [torch.profiler.ProfilerActivity.CPU]
                 profiler = stack.enter_context(torch.profiler.profile(activities=cpu, profile_memory=True))
-            train, _ = make(self.here)
+            train = make(self.here)[0]
             if not train:
                 return None, 0
             train(1)  # so that there are gradients and momentum
@@ -312,8 +328,9 @@ def main(argv=None):
                 spread = f"{min(rates[way]):.3g} to {max(rates[way]):.3g}"
                 computed = ""
                 if way in predicted:
-                    error = statistics.median(p / m - 1 for p, m in zip(predicted[way], rates[way]))
-                    computed = f"{statistics.median(predicted[way]):.3g} ({100 * error:+.1f} %)"
+                    errors = [100 * (p / m - 1) for p, m in zip(predicted[way], rates[way])]
+                    computed = f"{statistics.median(predicted[way]):.3g} ({statistics.median(errors):+.1f} %: "
+                    computed += f"{min(errors):+.1f} to {max(errors):+.1f})"
                 peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in memory.get(way, []) if peak)
                 against = f"{rate / base:.2f}" if base else ""
                 row = num_modules, link or "", way, f"{rate:.3g}", spread, against, computed, peaks

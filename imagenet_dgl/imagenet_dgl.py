@@ -75,7 +75,7 @@ def parse_args(argv=None):
         args.num_modules = args.num_modules or 2
     if args.profile and not args.module_parallel:
         parser.error("--profile is for --module-parallel")
-    if args.flops and args.balance == "time":
+    if args.flops and args.balance == "time" and not args.cuts:
         parser.error("--flops counts without computing, which --balance time cannot")
     return args
 
@@ -151,7 +151,7 @@ def train_epoch(modules, optimizers, scalers, autocast, batches, meters, pipelin
             x = representation.detach()  # update unlocking: nothing flows back across modules
             if pipeline:
                 pipeline.send(x, labels)  # on its way during the backward pass
-            else:
+            elif module is not modules[-1]:
                 x = rounded(x, send_precision)
             optimizer.zero_grad()
             scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
@@ -177,7 +177,7 @@ def evaluate(modules, autocast, batches, pipeline=None, send_precision="fp32"):
         for module in modules:
             with autocast:
                 logits, x = module(x)
-            if not pipeline:
+            if not pipeline and module is not modules[-1]:
                 x = rounded(x, send_precision)
             total = total + 2**module.n * logits.float().softmax(1)  # the division by the sum changes no prediction
             correct[module.n, 0] += training.hits(logits, labels)

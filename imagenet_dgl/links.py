@@ -67,7 +67,8 @@ def join(store, rank, count, rate):
     do("ip link set lo up")
     do(shaping(DEVICE, rate))
     # Also on GPUs, all goes through the link
-    os.environ.update(GLOO_SOCKET_IFNAME=DEVICE, NCCL_SOCKET_IFNAME=DEVICE, NCCL_P2P_DISABLE="1", NCCL_SHM_DISABLE="1")
+    os.environ.update(GLOO_SOCKET_IFNAME=DEVICE, NCCL_SOCKET_IFNAME=DEVICE, NCCL_NET="Socket")
+    os.environ.update(NCCL_P2P_DISABLE="1", NCCL_SHM_DISABLE="1")
 
 
 def do(command):

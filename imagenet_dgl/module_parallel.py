@@ -158,10 +158,10 @@ class ModuleParallel:
             dist.recv_object_list(layout, self.previous, device=CPU)
             (self.received_layouts[kind],) = layout
         channels_last, shapes, _ = layout = self.received_layouts.get(kind, NOTHING)
-        posted = collections.deque()
+        posted, expected = collections.deque(), wire(*layout)
         for i in range(num_batches):
             while len(posted) < min(SLOTS, num_batches - i):
-                posted.append(self.post_receive(self.slots[(i + len(posted)) % SLOTS], wire(*layout)))
+                posted.append(self.post_receive(self.slots[(i + len(posted)) % SLOTS], expected))
             works, (count, *tensors) = posted.popleft()
             self.wait(works, "input")
             if count.item():
@@ -248,9 +248,9 @@ def encode(x, precision):
     """What travels instead of x (B, ...), as a list of tensors (B, ...): "fp32": x as it is.
 
     - "bf16": x in bfloat16; as it is, if it has 16 bits anyway.
-    - "int8": x / scale - zero as unsigned bytes, and each image's own (scale, zero) in float32: its smallest value is
-      0, its largest 255, so that after a ReLU no byte stands for negative values, and zeros stay zeros. An image does
-      not depend on which others are in the batch. The error is at most half of a scale.
+    - "int8": (x - low) / scale as unsigned bytes, and each image's own (scale, low) in float32. Its smallest value,
+      low, is 0 and its largest 255. So after a ReLU no byte stands for negative values, and zeros stay zeros. An image
+      does not depend on which others are in the batch. The error is at most half of a scale.
     """
     if precision == "bf16" and x.element_size() > 2:
         return [x.bfloat16()]

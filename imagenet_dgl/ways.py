@@ -77,14 +77,15 @@ class Rank:
         return thing.to(self.device, memory_format=torch.channels_last)
 
     def batches(self, steps, share=slice(None)):
-        return itertools.repeat((self.images[share], self.labels[share]), steps)
+        images = self.images[share].contiguous(memory_format=torch.channels_last)
+        return itertools.repeat((images, self.labels[share]), steps)
 
     def cut(self, num_modules, balance, **nets):
-        """The network as a DGLNet. To be called on all ranks: if it is cut by time, then alike on all of them."""
+        """The network as a DGLNet. Call it on all ranks: they get the same cut, also by time."""
         what = make_network(self.args), num_modules, CLASSES, self.args.image_size, balance
         if balance != "time":
             return models.decouple(*what, **nets)
-        key = num_modules, *nets
+        key = num_modules, *nets.items()
         if key not in self.cuts:
             models.decouple(*what[:-1], **nets)  # if there are too few places, on all ranks
             timer = models.Timer(self.device, self.args.batch_size)
@@ -153,9 +154,8 @@ class Rank:
     def fsdp(self):
         """Fully sharded; each segment's parameters are gathered before its passes, and freed after them."""
         mesh = init_device_mesh(self.device.type, (self.num_modules,))
-        network = nn.Sequential(*self.segments(self.num_modules)).to(
-            self.device
-        )  # weights in channels_last are refused
+        # Weights in channels_last are refused
+        network = nn.Sequential(*self.segments(self.num_modules)).to(self.device)
         for part in [*network, network]:
             fully_shard(part, mesh=mesh)
         # There is no fused step of sharded parameters
@@ -219,6 +219,8 @@ class Pipeline:
         self.count = ranks * len(stages)
         segments = here.segments(self.count)
         self.network = nn.ModuleDict({str(n): here.put(Stage(segments[n])) for n in stages})
+        for stage in self.network.values():  # zero bubble detaches outputs in place, which a view does not permit
+            stage.copies = kind is ScheduleZBVZeroBubble
         self.optimizer = training.sgd(self.network.parameters(), **SGD)
 
     def use(self, microbatches):
@@ -229,7 +231,7 @@ class Pipeline:
 
     def __call__(self, steps):
         self.network.train()
-        inputs = [self.here.images.contiguous()] if "0" in self.network else []
+        inputs = [self.here.images.permute(0, 2, 3, 1)] if "0" in self.network else []
         target = {"target": self.here.labels} if str(self.count - 1) in self.network else {}
         for _ in range(steps):
             self.optimizer.zero_grad()
@@ -238,14 +240,16 @@ class Pipeline:
 
 
 class Stage(nn.Sequential):
-    """Exchanges contiguous tensors, which torch.distributed.pipelining sends; computes in channels_last."""
+    """Exchanges (B, H, W, C), the order in memory of channels_last: torch.distributed.pipelining wants no other one."""
+
+    copies = False
 
     def forward(self, x):
         if x.requires_grad:
             x.register_hook(torch.Tensor.contiguous)
-        if x.dim() == 4:
-            x = x.contiguous(memory_format=torch.channels_last)
-        return super().forward(x).contiguous()
+        x = super().forward(x.permute(0, 3, 1, 2) if x.dim() == 4 else x)
+        x = x.permute(0, 2, 3, 1) if x.dim() == 4 else x
+        return x.clone(memory_format=torch.contiguous_format) if self.copies else x.contiguous()
 
 
 def all_ways(args):
