@@ -3,7 +3,6 @@
 Without torchrun there is one rank, and nothing to find.
 """
 
-import contextlib
 import ipaddress
 import os
 import socket
@@ -19,7 +18,9 @@ import torch.distributed as dist
 
 CONNECT = 60  # seconds in which rank 0 must have been reached
 SILENCE = 30  # seconds without a sign of another machine's life after which it has gone
-OVER = threading.Event()  # the job is: from now on, nobody has to be heard
+PATIENCE = 10  # seconds in which torchrun ends this rank when another one has failed
+OVER = threading.Event()  # set when the job is over: then silence is no fault
+THREADS = []  # those of `watch`
 
 
 def place():
@@ -58,14 +59,17 @@ def join(backend="gloo", timeout=None):
         addresses = choose_interface(store, rank, count) if count > 1 else [""]
     except dist.DistError as error:  # the job has ended meanwhile, or the port is in use
         utils.fail(f"the ranks of the job have not found each other: {str(error).splitlines()[0]}")
-    silence = watch(store, rank, addresses)
+    silence, hook = watch(store, rank, addresses), sys.excepthook
     try:
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=count)
     except RuntimeError as error:
+        if not silence and not os.environ.get("GLOO_SOCKET_IFNAME"):  # on one machine, there is nothing to set
+            lost(error)
         utils.fail(
             f"Gloo cannot connect the ranks ({str(error).splitlines()[0]}): set GLOO_SOCKET_IFNAME on every machine to "
             "its interface in the network of the others"
         )
+    sys.excepthook = hook  # torch's puts "[rank0]: " before the line that follows Ctrl-C
     return rank, count, store, silence
 
 
@@ -78,7 +82,7 @@ def connect(rank):
     deadline = time.monotonic() + CONNECT
     while not is_master:
         try:
-            socket.create_connection((host, port), CONNECT).close()  # TCPStore's own message has 30 lines
+            socket.create_connection((host, port), 5).close()  # TCPStore's own message has 30 lines
             break
         except OSError as error:
             if time.monotonic() > deadline:
@@ -95,38 +99,50 @@ def meet(store, rank, count):
 
     After --max-restarts the store still has the addresses of the last start
     (https://github.com/pytorch/pytorch/issues/135712), and its count of restarts differs between machines. So each rank
-    asks under a name that no earlier process had, and rank 0 answers until all have the prefix.
+    asks for the prefix, again and again, under a name that no earlier process had. Rank 0 answers when all are asking:
+    a machine that has gone is waited for, and what a dead process has asked counts for nothing.
     """
+    own = uuid.uuid4().hex
     if rank:
-        question = uuid.uuid4().hex
-        store.set(f"question {rank}", question)
-        prefix = store.get(f"answer {question}").decode()
-        store.add(f"{prefix} arrived", 1)
-    else:
-        prefix, begin = uuid.uuid4().hex, time.monotonic()
-        while (missing := count - 1 - store.add(f"{prefix} arrived", 0)) > 0:
-            for other in range(1, count):
-                if store.check([f"question {other}"]):  # perhaps an earlier process's: the answer does no harm
-                    store.set(f"answer {store.get(f'question {other}').decode()}", prefix)
+        while not store.check([f"answer {own}"]):
+            store.set(f"question {rank}", own)
             time.sleep(0.05)
-            if begin and time.monotonic() > begin + SILENCE:
-                print(f"Waiting for {missing} of the {count} ranks", file=sys.stderr)
-                begin = None
-    return dist.PrefixStore(prefix, store)
+        return dist.PrefixStore(store.get(f"answer {own}").decode(), store)
+    questions, begin = [f"question {other}" for other in range(1, count)], time.monotonic()
+    while not all_ask(store, questions):
+        if begin and time.monotonic() > begin + SILENCE:
+            missing = sum(not store.check([question]) for question in questions)
+            print(f"Waiting for {missing} of the {count} ranks", file=sys.stderr)
+            begin = None
+    for question in questions:
+        store.set(f"answer {store.get(question).decode()}", own)
+    return dist.PrefixStore(own, store)
+
+
+def all_ask(store, questions):
+    """Whether all questions are asked within a second from now."""
+    for question in questions:
+        store.delete_key(question)
+    for _ in range(50):
+        time.sleep(0.02)
+        if store.check(questions):
+            return True
+    return False
 
 
 def choose_interface(store, rank, count):
     """Let Gloo use the network interface that leads to the other machines, unless GLOO_SOCKET_IFNAME names one.
 
     Gloo would take the address that the host's name has: on a stock Debian or Ubuntu, the loopback. NCCL prefers other
-    interfaces to that one, and is left to itself. Returns the address of each rank's machine.
+    interfaces to that one, and is left to itself. Returns the address of each rank's machine, or MASTER_ADDR.
     """
     own = address_towards(os.environ["MASTER_ADDR"])
-    store.set(f"address {rank}", own)
+    is_loopback = ipaddress.ip_address(own).is_loopback  # MASTER_ADDR is a name, this is its machine
+    store.set(f"address {rank}", os.environ["MASTER_ADDR"] if is_loopback else own)
     addresses = [store.get(f"address {other}").decode() for other in range(count)]
-    others = [address for address in addresses if address != own]
-    if others and "GLOO_SOCKET_IFNAME" not in os.environ:
-        if is_loopback(own):  # MASTER_ADDR is a name, this is its machine
+    others = [address for address in addresses if address != addresses[rank]]
+    if others and not os.environ.get("GLOO_SOCKET_IFNAME"):
+        if is_loopback:
             own = address_towards(others[0])
         import psutil  # only needed here
 
@@ -144,10 +160,6 @@ def address_towards(host):
         return probe.getsockname()[0].split("%")[0]
 
 
-def is_loopback(address):
-    return ipaddress.ip_address(address).is_loopback
-
-
 def watch(store, rank, addresses):
     """From now on, end this process, with one line, when a machine has not been heard of for SILENCE seconds.
 
@@ -163,36 +175,51 @@ def watch(store, rank, addresses):
     own, store = addresses[rank], store.clone()  # a connection of its own: calls may hang
     is_first = addresses.index(own) == rank  # on this machine: it speaks for all
     heard, silence = {}, {address: 0 for address in addresses if address != own}
+    has_store = True
 
     def listen():
-        with contextlib.suppress(RuntimeError):  # the store has gone, and all machines are silent from now on
+        nonlocal has_store
+        try:
             while not OVER.wait(1):
                 if is_first:
                     store.add(f"heartbeats of {own}", 1)
                 for address in silence:
                     if heard.get(address) != (count := store.add(f"heartbeats of {address}", 0)):
                         heard[address], silence[address] = count, 0
+        except RuntimeError:  # all machines are silent from now on
+            has_store = False
 
     def judge():
         while not OVER.wait(1):
             for address in silence:
                 silence[address] += 1  # not read from a clock: this process may have been stopped for a while
             if silent := [address for address, seconds in silence.items() if seconds > SILENCE]:
-                machines = " and ".join(os.environ["MASTER_ADDR"] if is_loopback(a) else a for a in silent)
-                message = (
-                    f"Nothing has been heard from {machines} for {SILENCE} s: that machine has gone, or the network "
-                    "between has; --resume goes on from the last checkpoint"
-                )
+                reason = f"Nothing has been heard from {' and '.join(silent)} for {SILENCE} s: that machine has gone"
+                if not has_store:
+                    reason = f"The store of {os.environ['MASTER_ADDR']}'s torchrun cannot be reached: that has ended"
+                message = f"{reason}, or the network between has; --resume goes on from the last checkpoint"
                 print(message, file=sys.stderr) if is_first else time.sleep(1)
                 os._exit(1)
 
-    for work in (listen, judge) if silence else ():
-        threading.Thread(target=work, daemon=True).start()
+    OVER.clear()
+    THREADS[:] = [threading.Thread(target=work, daemon=True) for work in ((listen, judge) if silence else ())]
+    for thread in THREADS:
+        thread.start()
     return silence
+
+
+def lost(error):
+    """If the error is the loss of another rank, end this one: torchrun does it, or after PATIENCE seconds, one line."""
+    if isinstance(error, dist.DistError) or "gloo" in str(error):
+        time.sleep(PATIENCE)
+        first, *_ = str(error).strip().splitlines()
+        raise SystemExit(f"Rank {place()[0]} has lost the connection to another rank: {first}")
 
 
 def leave():
     """The last thing that every rank does: wait until all are here."""
     dist.all_reduce(torch.zeros(1))
     OVER.set()
+    for thread in THREADS:  # one that is in the store's code when Python ends would abort the process
+        thread.join(timeout=5)
     dist.destroy_process_group()

@@ -10,12 +10,14 @@ Rank n has module n. In iteration t it runs F, its forward pass on batch t, then
 t or an older one. Receives are posted ahead and sends are asynchronous, so a rank waits only for what it needs:
 
     dgl       F(n,t) needs F(n-1,t).                     A step takes max F + B, or a transfer if that is longer.
-    ddg, fr   B(n,t) needs B(n+1,t-1) too: the locking.  The largest mean, over neighbours n..m, of F + B and transfers.
+    ddg, fr   B(n,t) needs B(n+1,t-1) too: the locking.  The largest mean, over neighbours n..m, of F + B and transfers,
+                                                         or a transfer if that is longer.
     backprop  B(n,t) needs B(n+1,t) too.                 The sum of all F + B and transfers.
 
 Where DDG's mean comes from: F(n,t), ..., F(m,t), B(m,t), ..., B(n,t+m-n), F(n,t+m-n+1) is a chain. It has m-n+1
-iterations, F and B of all m-n+1 modules, and 2(m-n) transfers. So with modules of equal speed, DDG waits for all of its
-transfers, and DGL for none. FR's replay needs no gradient: in the chain, only module m's counts.
+iterations, F and B of all m-n+1 modules, and 2(m-n) transfers. So with modules of equal speed, DDG waits in each
+iteration for (K-1)/K of a transfer there and back, and DGL for none. FR's replays need no gradient: in the chain, only
+module m's counts, and the last module has none.
 
 Writes a log and a checkpoint like the script of the method. benchmark.py measures the speed.
 """
@@ -212,8 +214,11 @@ def main(argv=None):
         if {"-h", "--help"} & {*(sys.argv if argv is None else argv)}:
             return
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # rank 0 says what there is to say
-    with wires.quiet():
+    try:
         run_rank(args)
+    except RuntimeError as error:
+        machines.lost(error)
+        raise
 
 
 def run_rank(args):

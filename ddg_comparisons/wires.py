@@ -1,17 +1,14 @@
 """What the ranks of parallel.py exchange under torchrun: tensors between neighbours, objects with rank 0."""
 
 import collections
-import contextlib
 import io
 import os
-import time
 
 import utils
 
 import torch
 import torch.distributed as dist
 
-PATIENCE = 10  # seconds in which torchrun ends this rank when another one has failed
 SLOTS = 2  # messages under way on a wire
 
 
@@ -81,18 +78,6 @@ def set_up(args):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     return device
-
-
-@contextlib.contextmanager
-def quiet():
-    """Let the rank that fails speak, and torchrun, which ends the others because it has gone."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
-            raise
-        time.sleep(PATIENCE)
-        raise SystemExit(f"Lost the connection to another rank: {str(error).splitlines()[0]}") from None
 
 
 def broadcast(state):

@@ -9,7 +9,6 @@ import inspect
 import os
 import signal
 import sys
-import time
 import zipfile
 import zlib
 
@@ -21,7 +20,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import machines
 
-PATIENCE = 10  # seconds in which torchrun ends this rank when another one has failed
 RANK, COUNT = machines.place()
 
 
@@ -57,18 +55,15 @@ def without_traceback():
     try:
         yield
     except RuntimeError as error:
-        lines = str(error).strip().splitlines()
         if "shared memory" in str(error) or "DataLoader worker (pid" in str(error):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again at the exit
+            *_, last = map(str.strip, str(error).strip().splitlines())
             raise SystemExit(
-                f"A process that loads images has failed{here()}: {lines[-1].strip()} (less memory is needed with "
+                f"A process that loads images has failed{here()}: {last} (less memory is needed with "
                 "fewer workers, -j, or a smaller -b; --resume goes on from the last checkpoint)"
             ) from None
-        lost = isinstance(error, dist.DistError) or "gloo" in str(error)
-        if COUNT == 1 or not lost:
-            raise
-        time.sleep(PATIENCE)
-        raise SystemExit(f"Rank {RANK} has lost the connection to another rank: {lines[0]}") from None
+        machines.lost(error)
+        raise
 
 
 def setup(args):

@@ -160,7 +160,7 @@ class Run(utils.Run):
 
     def stop(self, reason):
         if ranks.RANK:
-            time.sleep(ranks.PATIENCE)  # if rank 0 has stopped, too, it has said why
+            time.sleep(ranks.machines.PATIENCE)  # if rank 0 has stopped, too, it has said why
         super().stop(reason)
 
     # On all ranks

@@ -1068,7 +1068,7 @@ def test_another_rank_waits_before_it_says_that_a_loss_is_not_finite(monkeypatch
     other.last_checkpoint = None
     with pytest.raises(SystemExit, match="Why; the last checkpoint: none yet"):
         other.stop("Why")
-    assert waited == [ranks.PATIENCE]
+    assert waited == [ranks.machines.PATIENCE]
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -150,7 +151,7 @@ def result(folder):
     return {"lines": lines, **{key: state[key] for key in ("epoch", "parts", "generator")}}
 
 
-@pytest.mark.parametrize(("chosen", "expected"), [(None, "way0"), ("mine", "mine")])
+@pytest.mark.parametrize(("chosen", "expected"), [(None, "way0"), ("", "way0"), ("mine", "mine")])
 def test_gloo_uses_the_interface_that_leads_to_the_others(chosen, expected, monkeypatch):
     """Here, MASTER_ADDR is a name, which its machine resolves to 127.0.1.1."""
     machines, own = ranks.machines, {"m1": "127.0.1.1", "10.0.0.2": "10.0.0.1"}
@@ -164,9 +165,92 @@ def test_gloo_uses_the_interface_that_leads_to_the_others(chosen, expected, monk
     monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
     store = torch.distributed.HashStore()
     store.set("address 1", "10.0.0.2")
-    assert machines.choose_interface(store, 0, 2) == ["127.0.1.1", "10.0.0.2"]
+    assert machines.choose_interface(store, 0, 2) == ["m1", "10.0.0.2"]
     assert os.environ["GLOO_SOCKET_IFNAME"] == expected
-    assert machines.choose_interface(torch.distributed.HashStore(), 0, 1) == ["127.0.1.1"]
+    assert machines.choose_interface(torch.distributed.HashStore(), 0, 1) == ["m1"]
+
+
+def test_ranks_that_are_restarted_while_others_are_waited_for():
+    """Rank 2 has asked and died: nobody begins before a new one asks."""
+    store, prefixes = torch.distributed.HashStore(), {}
+    store.set("question 2", "of the dead process")
+
+    def meet(rank):
+        prefixes[rank] = meeting.meet(store, rank, 4)
+
+    threads = [threading.Thread(target=meet, args=(rank,), daemon=True) for rank in (0, 1, 3, 2)]
+    for thread in threads[:3]:
+        thread.start()
+    time.sleep(1.5)
+    assert not prefixes
+    threads[3].start()
+    for thread in threads:
+        thread.join(20)
+    prefixes[0].set("key", "value")
+    assert [prefixes[rank].get("key") for rank in (1, 2, 3)] == 3 * [b"value"]
+
+
+@pytest.mark.parametrize(
+    ("addresses", "status"),
+    [(["m1", "m1"], "Rank 0 has lost the connection to another rank: gloo failed"), (["m1", "10.0.0.2"], 2)],
+)
+def test_the_interface_is_blamed_only_on_several_machines(addresses, status, monkeypatch):
+    def fail(*_, **__):
+        raise RuntimeError("gloo failed")
+
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    monkeypatch.setattr(meeting, "place", lambda: (0, 2))
+    monkeypatch.setattr(meeting, "connect", lambda _: None)
+    monkeypatch.setattr(meeting, "meet", lambda *_: torch.distributed.HashStore())
+    monkeypatch.setattr(meeting, "choose_interface", lambda *_: addresses)
+    monkeypatch.setattr(torch.distributed, "init_process_group", fail)
+    monkeypatch.setattr(time, "sleep", lambda _: None)
+    with pytest.raises(SystemExit) as stop:
+        meeting.join()
+    meeting.OVER.set()
+    assert stop.value.code == status
+
+
+class Store:
+    """Of torchrun, with what happens when `watch` uses it."""
+
+    def __init__(self, happen):
+        self.happen = happen
+
+    def clone(self):
+        return self
+
+    def add(self, *_):
+        self.happen()
+        return 0
+
+
+def test_a_store_that_has_gone_is_not_the_other_machine_s_fault(monkeypatch, capsys):
+    def happen():
+        raise RuntimeError("Connection reset by peer")
+
+    monkeypatch.setattr(meeting, "SILENCE", 1)
+    monkeypatch.setattr(os, "_exit", lambda _: meeting.OVER.set())
+    monkeypatch.setenv("MASTER_ADDR", "m1")
+    meeting.watch(Store(happen), 0, ["m1", "10.0.0.2"])
+    for thread in meeting.THREADS:
+        thread.join(20)
+    assert capsys.readouterr().err.startswith("The store of m1's torchrun cannot be reached: that has ended, or the ")
+
+
+def test_at_the_end_no_thread_uses_the_store(monkeypatch):
+    begun = threading.Event()
+
+    def happen():
+        begun.set()
+        time.sleep(0.5)
+
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda _: None)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: None)
+    meeting.watch(Store(happen), 0, ["m1", "10.0.0.2"])
+    assert begun.wait(20)
+    meeting.leave()
+    assert not any(thread.is_alive() for thread in meeting.THREADS)
 
 
 # Ranks in copies of this process
