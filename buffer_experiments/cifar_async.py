@@ -72,7 +72,7 @@ class Worker:
         parts: the block and the auxiliary network.
         shape: of a representation, (C, s, s).
         counts: what `inputs` and `outputs` count too. `outputs` is None for the last module.
-        disturbed: says whether this process is doing something else right now, so that a step's duration means nothing.
+        disturbed: whether rank 0 is testing, so that the duration of a step in this process means nothing.
     """
 
     def __init__(self, args, n, parts, shape, epoch_steps, device, inputs, outputs, counts, disturbed):
@@ -81,7 +81,7 @@ class Worker:
         self.block, self.auxiliary_net = parts
         self.epochs, self.scaler, self.meter = 0, cifar.grad_scaler(args, device), cifar.Meter(device)
         self.optimizer, self.autocast = self.new_optimizer(), utils.autocast(args, device)
-        self.silence = torch.zeros(args.batch_size, *shape, device=device)  # what an idle worker sends
+        self.zeros = torch.zeros(args.batch_size, *shape, device=device) if args.idle else None  # what it then sends
         self.slowdown = args.slowdown if n == args.slow_layer // args.block_size else 1
         self.pace, self.due = self.slowdown * args.pace, time.monotonic()  # due: when the last step should end
         self.before, self.reported, self.launched = None, collections.Counter(), collections.deque()
@@ -92,7 +92,7 @@ class Worker:
         for _ in range(self.epoch_steps):
             x, labels = self.inputs.sample()  # waits only while the buffer is empty
             with self.timed():
-                self.send(self.silence, labels) if self.args.idle else self.train_step(x, labels)
+                self.send(self.zeros, labels) if self.args.idle else self.train_step(x, labels)
         self.epochs += 1
 
     def train_step(self, x, labels):
@@ -120,7 +120,7 @@ class Worker:
             x, labels = batch
             start = time.monotonic()
             with self.autocast:
-                self.send(self.silence if self.args.idle else self.block(x), labels)
+                self.send(self.zeros if self.args.idle else self.block(x), labels)
             self.keep_up(ahead=1)
             time.sleep(max(0, pace - (time.monotonic() - start)))
 
@@ -193,10 +193,12 @@ class Worker:
     def state_dict(self):
         generator = self.inputs.generator.get_state() if self.n == 0 else None  # of the data's order
         parts = {name: part.state_dict() for name, part in self.saved().items()}
-        return {"epochs": self.epochs, "generator": generator, **parts}
+        return {"epochs": self.epochs, "generator": generator, "counts": dict(self.counts), **parts}
 
     def load_state_dict(self, state):
         self.epochs = state["epochs"]
+        self.counts.update(state["counts"])
+        self.reported = self.counts.copy()
         for name, part in self.saved().items():
             part.load_state_dict(state[name])
         if self.n == 0:
@@ -229,17 +231,22 @@ class Received:
     def __init__(self, args, shape, device, team, counts):
         size, self.queue = max(args.buffer, 1), queue.SimpleQueue() if args.sync else None
         self.buffer = make_buffer(args, shape, device, 1 if args.sync else None)
-        self.messages = [make_message(self.buffer, device) for _ in range(1 if args.sync else 2)]
+        self.message = make_message(self.buffer, device)
         self.free, self.changed, self.ended = threading.Semaphore(size), threading.Condition(), False
         self.team, self.copies, self.counts = team, transport.Copies(device), counts
 
     def receive(self):
         """The thread."""
-        if self.queue:
-            for tensors in self.team.batches(self.messages, self.free.acquire):
-                self.queue.put([tensor.clone() for tensor in self.copies.to_device(tensors)])
-        for tensors in [] if self.queue else self.team.batches(self.messages):
-            tensors = self.copies.to_device(tensors)
+        while True:
+            if self.queue:
+                self.free.acquire()
+            self.team.receive(self.message)
+            if self.message.number < 0:
+                break
+            tensors = self.copies.to_device(self.message.tensors)
+            if self.queue:
+                self.queue.put([tensor.clone() for tensor in tensors])
+                continue
             with self.changed:
                 self.put(*tensors)
                 self.changed.notify()

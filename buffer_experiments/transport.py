@@ -5,10 +5,8 @@ that fails says why and notes it in the job's store, and the others end in silen
 it break.
 """
 
-import collections
 import contextlib
 import datetime
-import itertools
 import os
 import queue
 import signal
@@ -36,6 +34,8 @@ class Team:
     """
 
     def __init__(self):
+        if machines.place()[0]:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)  # until all have met, rank 0 alone says that it was Ctrl-C
         self.rank, self.size, self.store, self.silence = machines.join("gloo", FOREVER)
         self.news, self.threads, self.over, self.speaking = queue.SimpleQueue(), [], None, threading.Lock()
         self.done, self.closing = threading.Event(), threading.Event()
@@ -79,25 +79,9 @@ class Team:
         with self.blame(f"Rank {self.rank + 1}"):
             dist.send(message.memory, self.rank + 1, tag=BATCH)
 
-    def batches(self, messages, may_receive=lambda: None):
-        """The tensors of each message from the previous rank, valid until the next one is asked for.
-
-        Args:
-            messages: all but one of them have a receive posted while the batch is used.
-            may_receive: called before a receive is posted.
-        """
-        posted = collections.deque()
-        for message in itertools.cycle(messages):
-            may_receive()
-            with self.blame(f"Rank {self.rank - 1}"):
-                posted.append((dist.irecv(message.memory, self.rank - 1, tag=BATCH), message))
-                if len(posted) < len(messages):
-                    continue
-                work, received = posted.popleft()
-                work.wait()
-            if received.number < 0:
-                return
-            yield received.tensors
+    def receive(self, message):
+        with self.blame(f"Rank {self.rank - 1}"):
+            dist.recv(message.memory, self.rank - 1, tag=BATCH)
 
     def finished(self):
         """Whether rank 0 has set `done`, and all others have called this. It does not wait."""
@@ -114,7 +98,8 @@ class Team:
         self.closing.set()
         for thread in self.threads:
             thread.join()
-        machines.leave()
+        with self.blame("A rank"):
+            machines.leave()
 
     # A job that ends early
 
@@ -127,7 +112,7 @@ class Team:
             self.interrupted()
         except SystemExit as stop:
             if isinstance(stop.code, str):
-                self.end(stop.code)
+                self.end(stop.code.partition("; the last checkpoint: ")[0])  # which utils.Run.stop adds, too
             self.closing.set()
             self.last_words()  # this process has said everything
             if self.size > 1:
@@ -140,7 +125,8 @@ class Team:
 
     @contextlib.contextmanager
     def blame(self, who, patience=1):
-        """A connection that breaks inside is somebody's death, unless they give a better reason in so many seconds."""
+        """A connection that breaks inside means that a rank has died, unless a rank gives another reason within
+        `patience` seconds."""
         try:
             yield
         except RuntimeError:
@@ -167,6 +153,7 @@ class Team:
 
     def interrupted(self):
         """Ctrl-C: rank 0 says how to go on, if there is no other reason. The exit status is that of the signal."""
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # pressed again
         if self.rank:
             time.sleep(1)
             self.end(f"Rank {self.rank} was interrupted")

@@ -5,6 +5,8 @@ import contextlib
 import json
 import re
 import sys
+import threading
+from collections import Counter
 
 import pytest
 import torch
@@ -19,21 +21,19 @@ QUICK = ["--data", "digits", "--train-size", 40, "--batch_size", 10, *NETWORK, "
 LINE = re.compile(r"n: (\d+), epoch (\d+),epochtrue (\d+), train (\S+), test (\S+),ense (\S+)")
 WORKER = re.compile(r"worker (\d+), (all epochs|epoch \d+), steps/s: ([\d.]+)(.*)")
 
-# Lets a rank (or, with `all`, every rank) fail at an update of its meter: the one of this number or, if `when` is a
-# checkpoint, the fifth (of epoch 2), once the checkpoint is there. If it is rank 0, the others are late: they have not
-# begun when it happens.
+# Lets a rank (or, with `all`, every rank) fail at an update of its meter, once this is the checkpoint that all know of.
+# If it is rank 0, the others are late: they have not begun when it happens.
 FAULTY = """
-import os, time
+import os, resource, threading, time
 import transport, cifar
-def arrange(rank, when, what):
-    update, scatter, here, count = cifar.Meter.update, transport.Team.scatter, int(os.environ["RANK"]), 0
+def arrange(rank, number, what, checkpoint):
+    update, scatter, here, count, team = cifar.Meter.update, transport.Team.scatter, int(os.environ["RANK"]), 0, None
     def faulty(meter, loss, *arguments):
         nonlocal count
         count += 1
-        if rank in (here, "all") and count == (when if isinstance(when, int) else 5):
-            while isinstance(when, str) and not os.path.exists(when):
+        if rank in (here, "all") and count == number:
+            while team.store.get("checkpoint").decode() != checkpoint:
                 time.sleep(0.01)
-            time.sleep(0.2)  # until rank 0 has noted it in the store
             with open(os.environ.get("FAULT", "fault") + ".time", "w") as file:
                 file.write(str(time.time()))
             if what == "nan":
@@ -42,12 +42,21 @@ def arrange(rank, when, what):
                 raise ValueError("no such pixel")
             elif what == "interrupt torchrun":
                 os.kill(os.getppid(), 2)
+            elif what == "full disk":  # from now on, no file may be larger than this: a checkpoint is, a log is not
+                resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            elif what == "interrupt twice":
+                threading.Timer(0.3, os.kill, (os.getpid(), 2)).start()
+                os.kill(os.getpid(), 2)
             else:
                 os.kill(os.getpid(), what)
         update(meter, loss, *arguments)
-    cifar.Meter.update = faulty
-    if rank == 0 != here:
-        transport.Team.scatter = lambda *arguments: (scatter(*arguments), time.sleep(1))[0]
+    def noted(own, contents):
+        nonlocal team
+        team, received = own, scatter(own, contents)
+        if rank == 0 != here:
+            time.sleep(1)
+        return received
+    cifar.Meter.update, transport.Team.scatter = faulty, noted
 """
 
 # Runs cifar_async.py several times in the same processes, as if it was restarted. Only rank 0 has the flags, as only it
@@ -151,7 +160,10 @@ RUNS = {  # name: (flags, share of messages lost, seconds by which they are dela
     "quantize": (["--buffer", 5, "--nepochs", 3, "--quantize", "2,16", "--max-buffer-reuse", 2], 0, 0),
     "unreliable": (["--buffer", 3, "--nepochs", 8], 0.5, 0.5),
     "learn": (
-        ["--buffer", 5, "--train-size", 1000, "--lr", 0.05, "--nepochs", 4, "--epochdecay", 3, "--feature_size", 8],
+        [
+            *["--buffer", 5, "--max-buffer-reuse", 1, "--train-size", 1000, "--feature_size", 8],
+            *["--lr", 0.05, "--nepochs", 4, "--epochdecay", 3],
+        ],
         0,
         0,
     ),
@@ -167,9 +179,10 @@ for i, size in enumerate((0, 1, 1, 1, 2, 3, 10, 100)):  # none may hang, whichev
     flags = ["--buffer", size, "--nepochs", 2, "--slow-layer", i % 3, "--slowdown", 1 + i % 4]
     RUNS[f"short{i}"] = ([*flags, *(["--max-buffer-reuse", 1] if i % 2 else []), *(["--sync"] if i > 5 else [])], 0, 0)
 KILL, INTERRUPT, TERMINATE = 9, 2, 15
-FAULTS = [(2, 7, KILL), (1, 3, "nan"), (2, 3, "error"), (0, 3, KILL), (1, 3, KILL)]  # one after the other
-ENDED = {f"killed{rank}": (rank, KILL) for rank in range(3)}  # asynchronous
-ENDED |= {"interrupted": ("all", INTERRUPT), "terminated": ("all", TERMINATE)}
+FAULTS = [(2, 5, KILL), (1, 3, "nan"), (2, 3, "error"), (0, 3, KILL), (1, 3, KILL)]  # one after the other
+ENDED = {f"killed{rank}": (rank, 5, KILL) for rank in range(3)}  # asynchronous; update 5 is in epoch 2
+ENDED |= {"interrupted": ("all", 5, "interrupt twice"), "terminated": ("all", 5, TERMINATE)}
+ENDED |= {"early": ("all", 1, INTERRUPT), "full": (0, 5, "full disk")}
 
 
 @pytest.fixture(scope="module")
@@ -177,9 +190,9 @@ def folder(tmp_path_factory):
     """The runs' output, each in the folder of its name."""
     folder = tmp_path_factory.mktemp("async")
     resumed = [*SYNC, "--buffer", 2, "--resume", "auto", "--save_folder", "faults"]
-    runs = [(resumed, 0, 0, f"fault{i}", fault) for i, fault in enumerate(FAULTS)]
-    for name, (rank, signal) in ENDED.items():
-        fault = rank, f"{name}/{CHECKPOINT}", signal
+    runs = [(resumed, 0, 0, f"fault{i}", (*fault, f"faults/{CHECKPOINT}")) for i, fault in enumerate(FAULTS)]
+    for name, fault in ENDED.items():
+        fault = *fault, "none yet" if name == "early" else f"{name}/{CHECKPOINT}"
         flags = ["--buffer", 5, "--nepochs", 1000, "--pace", 0.02, "--save_folder", name]
         runs.append((flags, 0, 0, name, fault))
     runs += [([*flags, "--save_folder", name], *chances, None, None) for name, (flags, *chances) in RUNS.items()]
@@ -277,22 +290,29 @@ def test_a_killed_worker_ends_the_job(folder, rank):
     assert checkpoint_of(folder / f"killed{rank}")["epoch"] > 0
 
 
-@pytest.mark.parametrize("name", ["interrupted", "terminated"])
+@pytest.mark.parametrize("name", ["early", "interrupted", "terminated"])
 def test_ctrl_c_and_sigterm_end_the_job_with_one_line(folder, name):
     lines, said = reasons(folder, name)
-    assert lines == [f"Interrupted; go on from the last finished epoch with --resume {name}/{CHECKPOINT}"], said
+    line = f"Interrupted; go on from the last finished epoch with --resume {name}/{CHECKPOINT}"
+    assert lines == ["Interrupted before this run finished an epoch." if name == "early" else line], said
     assert said.strip() == lines[0]
+
+
+def test_a_full_disk_ends_the_job_with_one_line(folder):
+    said = reasons(folder, "full")[1]
+    checkpoint = f"full/{CHECKPOINT}"
+    assert said == f"Cannot write {checkpoint}: [Errno 27] File too large; the last checkpoint: {checkpoint}\n"
 
 
 def test_it_learns(folder):
     """A floor that a broken method does not reach: chance is 10 %."""
-    assert float(matches(LINE, folder / "learn")[-1][5]) > 40  # the ensemble; others' load decides who trains on what
+    assert float(matches(LINE, folder / "learn")[-1][5]) > 40  # the ensemble
 
 
 @pytest.mark.slow
 def test_torchrun_goes_on_by_itself(tmp_path):
     flags = ["--buffer", 5, "--nepochs", 20, "--resume", "auto"]
-    done = attempts([(1, CHECKPOINT, KILL)], *flags, cwd=tmp_path, restarts=1)
+    done = attempts([(1, 5, KILL, CHECKPOINT)], *flags, cwd=tmp_path, restarts=1)
     assert done.returncode == 0, done.stderr
     assert len(re.findall(r"^Rank 1 died; the last checkpoint: ", done.stderr, re.M)) == 1, done.stderr
     assert [int(epoch) for n, epoch, *_ in matches(LINE, tmp_path) if n == "2"] == [*range(1, 21)]
@@ -300,7 +320,7 @@ def test_torchrun_goes_on_by_itself(tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_under_torchrun_ends_the_job_with_one_line(tmp_path):
-    fault = 2, CHECKPOINT, "interrupt torchrun"
+    fault = 2, 5, "interrupt torchrun", CHECKPOINT
     done = attempts([fault], "--buffer", 5, "--nepochs", 1000, cwd=tmp_path)
     assert done.returncode
     assert len(re.findall(r"^Interrupted.*", done.stderr, re.M)) == 1, done.stderr
@@ -354,7 +374,7 @@ def test_copies_on_a_gpu_wait_for_their_tensors_only(monkeypatch):
         yield
         streams.pop()
 
-    api = argparse.Namespace(Stream=lambda _: "own", Event=Event, stream=stream)
+    api = argparse.Namespace(Stream=lambda _: "own", Event=Event, stream=stream, current_stream=lambda _: streams[-1])
     monkeypatch.setattr(torch, "get_device_module", lambda _: api)
     copies, target = transport.Copies(torch.device("cpu")), torch.zeros(2)
     copy = torch.Tensor.copy_
@@ -368,8 +388,49 @@ def test_copies_on_a_gpu_wait_for_their_tensors_only(monkeypatch):
     ]
     assert calls[4:] == [("synchronize", "event 3", "default")]
     assert target.tolist() == [1, 1]
-    copies.to_device([target])
-    assert calls[5:] == [("record", "event 5", "own"), ("synchronize", "event 5", "default")]
+    monkeypatch.setattr(torch.Tensor, "to", lambda tensor, *_, **__: calls.append(("to", streams[-1])) or tensor)
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda _, used: calls.append(("record_stream", used)))
+    transport.Copies(argparse.Namespace(type="cuda")).to_device([target])
+    assert calls[5:7] == [("to", "own"), ("record", "event 6", "own")]
+    assert calls[7:] == [("synchronize", "event 6", "default"), ("record_stream", "default")]
+
+
+def test_a_resumed_module_that_is_done_feeds_as_fast_as_it_trained(monkeypatch):
+    script, batch = load("buffer_experiments", "cifar_async"), (torch.zeros(10, 4, 32, 32), torch.zeros(10).long())
+    args, sent, slept = script.parse_args([*map(str, QUICK)]), [], []
+    network = script.make_network(args, 10)
+    parts = torch.nn.ModuleList([network.blocks[1], network.auxiliary_nets[1]])
+
+    def worker():
+        ends = (
+            argparse.Namespace(sample=lambda: batch),
+            argparse.Namespace(put=lambda *x: sent.append(x), quantizer=None),
+        )
+        device = torch.device("cpu")
+        return script.Worker(args, 1, parts, network.shapes[1], 4, device, *ends, Counter(), lambda: False)
+
+    trained, resumed = worker(), worker()
+    trained.counts.update(steps=2, seconds=1000.0)
+    resumed.load_state_dict(trained.state_dict())
+    monkeypatch.setattr("time.sleep", slept.append)
+    resumed.feed(lambda: len(sent) == 2)
+    assert slept == pytest.approx([500, 500], abs=100)
+    assert not resumed.pop_figures()["steps"]
+
+
+def test_a_rank_that_is_lost_at_the_very_end(monkeypatch):
+    load("buffer_experiments", "cifar_async")
+    transport, reasons = sys.modules["transport"], []
+
+    def leave():
+        raise RuntimeError("Connection closed by peer")
+
+    monkeypatch.setattr(transport.machines, "leave", leave)
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    team = transport.Team.__new__(transport.Team)
+    team.closing, team.threads, team.silence, team.end = threading.Event(), [], {}, reasons.append
+    team.close()
+    assert reasons == ["A rank died"]
 
 
 @pytest.mark.parametrize(

@@ -152,11 +152,13 @@ def test_a_worker_of_cifar_async(pretended_gpu, monkeypatch):
     with FakeTensorMode():
         network = module.make_network(args, 10)
         parts = module.utils.to_device(nn.ModuleList([network.blocks[1], network.auxiliary_nets[1]]), args, CUDA)
-        team = argparse.Namespace(thread=lambda _: None, batches=lambda messages: [messages[0].tensors])
+        numbers = [-1, 0]  # of messages: the last one says that there are no more
+        receive = lambda message: setattr(message, "number", numbers.pop())  # noqa: E731
+        team = argparse.Namespace(thread=lambda _: None, receive=receive)
         inputs = module.Received(args, network.shapes[0], CUDA, team, count)
         outputs = module.Sending(args, network.shapes[1], CUDA, team, count)
         worker = module.Worker(args, 1, parts, network.shapes[1], 2, CUDA, inputs, outputs, count, lambda: False)
-        assert {tensor.device.type for tensor in inputs.messages[0].tensors} == {"cpu"}
+        assert {tensor.device.type for tensor in inputs.message.tensors} == {"cpu"}
         inputs.receive()
         worker.train_epoch()
         (sent, _), message = outputs.waiting, outputs.message.tensors
