@@ -5,16 +5,19 @@
     python benchmark.py --link none 1gbit 100mbit         # also with slow links between the ranks: Linux, as root
 
 Starts K ranks, which train the same network on the same random batch by all methods in turn, --rounds times. A figure
-is the median. A round's speed is that of the last rank, without the first steps, in which the pipeline fills. With
---link, each rank has a network namespace, as if on a machine of its own, and `tc` limits what it sends.
+is the median. A round's speed is that of the last rank, without the first steps, in which the pipeline fills, and over
+a multiple of K steps, as DDG's durations repeat after K at most. With --link, each rank has a network namespace, as if
+on a machine of its own, and `tc` limits what it sends.
 """
 
 import argparse
 import contextlib
 import ctypes
 import itertools
+import multiprocessing
 import os
 import re
+import signal
 import statistics
 import subprocess
 import tempfile
@@ -30,7 +33,6 @@ import models
 import parallel
 
 os.environ["KINETO_LOG_LEVEL"] = "99"  # of the profiler, which measures memory
-WARM_UP = 3  # steps of a round that are not measured
 DEVICE = "ddg0"  # the name, in its namespace, of each rank's way out
 
 
@@ -48,7 +50,7 @@ def parse_args(argv=None):
     add("--num_splits", type=utils.at_least(2), default=2, metavar="K", help="modules, and ranks: 2")
     add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet, 6n+2: 110")
     add("--batch-size", type=utils.at_least(2), default=128, help="images in a batch: 128")
-    add("--steps", type=utils.at_least(1), default=8, help="measured in a round: 8")
+    add("--steps", type=utils.at_least(1), default=8, help="measured in a round, then a multiple of K: 8")
     add("--rounds", type=utils.at_least(1), default=5, help="5")
     add("--threads", type=utils.at_least(1), default=1, help="of a rank on a CPU: 1")
     add("--link", nargs="+", type=link, default=[], metavar="RATE", help="such as none 1gbit 100mbit; as root")
@@ -90,18 +92,19 @@ class Rank:
         return parallel.Module(args, parallel.make_network(args, 10, self.device), self.device)
 
     def images_per_second(self, method, module):
-        steps, marks = WARM_UP + self.args.steps, []
+        K = self.args.num_splits
+        first, measured, marks = max(3, K), -(-self.args.steps // K) * K, []
 
         def marked(batches):
             for i, batch in enumerate(batches, start=1):
                 yield batch
-                if i in (WARM_UP, steps):
+                if i in (first, first + measured):
                     marks.append(self.clock())
 
         dist.barrier()
-        parallel.train_epoch(method, module, marked(self.batches(module, steps)))
+        parallel.train_epoch(method, module, marked(self.batches(module, first + measured)))
         dist.barrier()
-        return self.args.steps * self.args.batch_size / (marks[1] - marks[0])
+        return measured * self.args.batch_size / (marks[1] - marks[0])
 
     def batches(self, module, steps):
         if self.rank:
@@ -114,7 +117,7 @@ class Rank:
         return time.perf_counter()
 
     def peak_memory(self, method, module):
-        """The most bytes that a new module has allocated at a time, beyond network and optimizer."""
+        """The most bytes that a new module has allocated at a time, beyond the network."""
         steps = self.args.num_splits + 1  # the delays are full then
         if self.args.cuda:
             before = torch.cuda.memory_allocated()
@@ -130,6 +133,9 @@ class Rank:
 
 def work(rank, args, folder, results):
     """A rank: all methods in turn, on each link. The last one puts the figures into `results`."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # also while waiting for another rank
+    if not multiprocessing.parent_process().is_alive():  # whose end is not signalled to a rank that still imports
+        return
     utils.setup(args)
     if args.link:
         plug_in(dist.FileStore(f"{folder}/network"), rank, args.num_splits)
@@ -191,11 +197,19 @@ def do(command):
 
 def main(argv=None):
     args = parse_args(argv)
+    utils.on_interrupt("Interrupted.")
+    os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")  # of a rank's end: tqdm's lock
     chip = torch.cuda.get_device_name() if args.cuda else f"CPU, {args.threads} threads a rank"
     print(f"ResNet-{args.depth}, K = {args.num_splits}, {args.batch_size} images, {chip}, torch {torch.__version__}")
     results = mp.get_context("spawn").SimpleQueue()
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(work, (args, folder, results), args.num_splits)
+        ranks = mp.spawn(work, (args, folder, results), args.num_splits, join=False)
+        try:
+            while not ranks.join():
+                pass
+        finally:
+            for process in ranks.processes:
+                process.kill()
     rates, memory = results.get()
     print("| link | | images/s | lowest to highest | against DDG | peak MiB by rank |\n|---|---|---|---|---|---|")
     for (rate, method), values in rates.items():
