@@ -74,9 +74,9 @@ def plain_network(args):
     return nn.Sequential(*itertools.chain(*layers), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))
 
 
-def arguments(**changed):
+def arguments():
     args = argparse.Namespace(arch="cnn4", batch_size=8, image_size=16, cuda=False)
-    vars(args).update(balance=["flops"], send_precision=["fp32"], **changed)
+    vars(args).update(balance=["flops"], send_precision=["fp32"])
     return args
 
 
@@ -275,11 +275,11 @@ def test_a_link_has_its_rate(count, tmp_path):
 
 
 @needs_links
-@pytest.mark.parametrize(("rate", "precision"), [("100mbit", "fp32"), ("40mbit", "fp32"), ("40mbit", "int8")])
+@pytest.mark.parametrize(("rate", "precision"), [("50mbit", "fp32"), ("40mbit", "fp32"), ("40mbit", "int8")])
 def test_the_schedule_predicts_a_slow_link(rate, precision, tmp_path):
     """Modules that sleep instead of computing, so that other work on the machine disturbs little."""
     forward, backward, steps = [0.02, 0.03], [0.05, 0.04], 8
-    representation, labels = torch.randn(4, 30_000).relu(), torch.arange(4)  # 0.48 MB: 38 and 96 ms
+    representation, labels = torch.randn(4, 30_000).relu(), torch.arange(4)  # 0.48 MB: 77 and 96 ms
 
     def begin(rank):
         store = dist.FileStore(str(tmp_path / "store"), 2)
@@ -287,7 +287,7 @@ def test_the_schedule_predicts_a_slow_link(rate, precision, tmp_path):
         dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=2)
         pipeline = module_parallel.ModuleParallel(2, torch.device("cpu"), 4, send_precision=precision)
         measured = []
-        for _ in range(3):  # the first one opens connections
+        for _ in range(5):  # the first one opens connections
             dist.barrier()
             begin = time.perf_counter()
             batches = itertools.repeat((representation, labels), steps)
@@ -326,6 +326,7 @@ def test_no_rank_is_left(end, tmp_path):
     command = [sys.executable, ROOT / "imagenet_dgl/benchmark.py", "--ways", "parallel", "--picture", "none.png"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0)
     time.sleep(20)
+    assert process.poll() is None
     os.kill(process.pid, end)
     _, err = process.communicate(timeout=30)
     if end == signal.SIGINT:
