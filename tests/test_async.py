@@ -245,13 +245,16 @@ def test_compression_is_counted_from_the_bytes_sent_and_stored(folder):
     pixels = 10 * 32 * 32  # of a batch; each in 2 bytes instead of 16
     assert stored.startswith("buffers: 2 of 5 batches, ")
     assert 6 < float(re.search(r"([\d.]+) times fewer", stored)[1]) < 8
-    for n, _, _, rest in matches(WORKER, folder / "quantize"):
-        if n != "2":
+    checked = set()
+    for n, when, _, rest in matches(WORKER, folder / "quantize"):
+        if n != "2" and "sent" in rest:  # on a busy machine, nothing may have left in an epoch of four steps
+            checked.add((n, when))
             sent, factor, size = re.search(r"sent: (\d+), .*compression: (\S+) \((\S+) bytes\)", rest).groups()
             message = int(size.replace(",", "")) / int(sent)
             assert 0 < message - pixels * 2 - 10 * 8 - 4 * 2 * 16 * 2 < 300  # indices, labels, codebook, header
             assert float(factor) == pytest.approx((pixels * 16 + 80) / message, rel=0.01)
             assert 0 < float(re.search(r"relative MSE: (\S+)", rest)[1]) < 1
+    assert checked >= {("0", "all epochs"), ("1", "all epochs")}
 
 
 def reasons(folder, name):

@@ -22,7 +22,8 @@ from forked_ranks import fork_ranks
 from PIL import Image
 
 load("imagenet_dgl", "imagenet_dgl")
-ranks, meeting = sys.modules["ranks"], sys.modules["machines"]  # machines is a fixture here
+ranks = sys.modules["ranks"]
+meeting = ranks.machines  # machines is a fixture here
 
 IMAGENET = "imagenet_dgl/imagenet_dgl.py"
 SMALL = ["-j", 0, "-b", 6, "--image-size", 32, "--lr", 0.01, "--threads", 1, "--arch", "squeezenet1_1", "-p", 0]
