@@ -257,6 +257,7 @@ def test_at_the_end_no_thread_uses_the_store(monkeypatch):
 # Ranks in copies of this process
 
 
+@pytest.mark.slow
 def test_two_machines_compute_what_one_process_does(machines, tree, tmp_path):
     flags = "--nepochs", 1, "--num-modules", 2
     (tmp_path / "parallel").mkdir()
