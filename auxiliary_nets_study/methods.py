@@ -158,7 +158,8 @@ class InfoPro(LocalLoss, name="infopro"):
 
     def loss(self, logits, more, images, labels):
         embedding, decoded = more if self.contrast else (None, more)
-        reconstruction = F.binary_cross_entropy(decoded, (images * self.std + self.mean).clamp(0, 1))  # rounding may leave it
+        originals = (images * self.std + self.mean).clamp(0, 1)  # which rounding may leave
+        reconstruction = F.binary_cross_entropy(decoded, originals)
         prediction = contrastive_loss(embedding, labels) if self.contrast else F.cross_entropy(logits, labels)
         return self.weights[0] * reconstruction + self.weights[1] * prediction
 

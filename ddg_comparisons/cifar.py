@@ -252,8 +252,9 @@ class Meter:
         return int(self.sums[2])
 
     def update(self, loss, logits, labels):
-        """Add a batch: its mean loss, logits (B, num_classes), labels (B,)."""
-        self.sums[:2] += torch.stack((loss.detach() * len(labels), (logits.argmax(1) == labels).sum()))
+        """Add a batch: its mean loss, logits (B, num_classes) or None (then top-1 is nan), labels (B,)."""
+        correct = torch.full_like(loss, float("nan")) if logits is None else (logits.argmax(1) == labels).sum()
+        self.sums[:2] += torch.stack((loss.detach() * len(labels), correct))
         self.sums[2] += len(labels)
 
     def pop(self):
