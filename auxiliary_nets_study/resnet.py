@@ -36,7 +36,7 @@ def name(layer, depth):
 
 
 def cut(depth, num_modules, balance="blocks"):
-    """The last layer of each module: the published cuts, or else equal runs of layers; later ones may have one more.
+    """The last layer of each module: the published cuts, or else equal runs of layers; the last ones may have one more.
 
     Raises:
         ValueError: the network cannot be cut into so many modules, or, with balance "memory", nobody has published it.
@@ -50,7 +50,8 @@ def cut(depth, num_modules, balance="blocks"):
         raise ValueError(
             f"--balance memory has cuts for depth 110 and 2 to 4 modules, not for {depth} and {num_modules}"
         )
-    return [L * (k + 1) // num_modules - 1 for k in range(num_modules)]
+    size, rest = divmod(L, num_modules)  # the last `rest` modules have a layer more
+    return [(k + 1) * size + max(0, k + 1 - num_modules + rest) - 1 for k in range(num_modules)]
 
 
 def convolution(in_channels, channels, kernel_size=3, stride=1):
