@@ -58,6 +58,8 @@ def parse_args(argv=None):
         resnet.cut(args.depth, args.num_modules, args.balance)
     except ValueError as error:
         parser.error(error)
+    if args.method == "backprop" and args.num_modules > 1:
+        parser.error(f"--num-modules {args.num_modules}: backprop has one module; checkpoint may have more")
     return args
 
 
