@@ -98,7 +98,8 @@ def print_table(args, Network):
     print("\n| | K | parameters | MFLOPs of a training step, per image | activations at the peak, MiB |")
     print("|---|---|---|---|---|")
     for method in dict.fromkeys(["backprop", "checkpoint", args.method]):
-        K = 1 if method == "backprop" else args.num_modules
-        _, whole = measure(argparse.Namespace(**{**vars(args), "method": method, "num_modules": K}), Network)
+        one = {"num_modules": 1, "balance": "blocks"} if method == "backprop" else {}
+        whole_args = argparse.Namespace(**vars(args) | {"method": method} | one)
+        K, (_, whole) = whole_args.num_modules, measure(whole_args, Network)
         flops, peak = f"{whole['flops'] / 1e6:.1f}", f"{whole['peak'] / 2**20:.1f}"
         print(f"| {method} | {K} | {whole['parameters']:,} | {flops} | {peak} |")
