@@ -20,7 +20,8 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).parent.parent
-COMMON_NAMES = ("cifar", "cifar_dgl", "dni", "machines", "models", "utils")  # modules of several folders
+# Modules of several folders, and those that import them
+COMMON_NAMES = ("audit", "cifar", "cifar_dgl", "costs", "dni", "machines", "methods", "models", "resnet", "utils")
 
 
 def pytest_configure():

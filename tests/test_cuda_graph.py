@@ -19,6 +19,7 @@ FLAGS = [*QUICK, "--train-size", 20, "--batch-size", 6, "--epochs", 6]  # three 
 BUFFER = ["--seed", 1, "--buffer", 2, "--ncnn", 3, "--down", "[0]", "--feature_size", 4, "--epochdecay", 3]
 SCRIPTS = {
     "auxiliary_nets_study/cifar_dgl.py": (["--feature_size", 4, "--loss", "predsim"], 2, 12),
+    "auxiliary_nets_study/cifar_resnet.py": (["--method", "man", "--depth", 8, "--num-modules", 3], 2, 12),
     "buffer_experiments/cifar_buffer.py": (BUFFER, 6, 36),
     "ddg_comparisons/cifar_backprop.py": (["--depth", 8], 2, 12),
     "ddg_comparisons/cifar_dgl.py": (["--depth", 8], 2, 12),
@@ -34,6 +35,16 @@ def train(script, folder, *flags, before=lambda module: None):
     module = load(*script.removesuffix(".py").split("/"))
     before(module)
     module.main([str(flag) for flag in (*FLAGS, *SCRIPTS[script][0], "--save_folder", folder, *flags)])
+
+
+def drop_the_rate_at_epoch_4(module):
+    def set_learning_rate(optimizers, *others):
+        (epoch,) = (other for other in others if isinstance(other, int))
+        for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
+            optimizer.param_groups[0]["lr"] = 0.01 if epoch < 4 else 0.001
+
+    if hasattr(module, "set_learning_rate"):
+        module.set_learning_rate = set_learning_rate
 
 
 class StandIn:
@@ -84,15 +95,6 @@ class StandIn:
 def test_replayed_steps_are_the_eager_ones(script, tmp_path, monkeypatch):
     stand_ins = []
 
-    def drop_the_rate_at_epoch_4(module):
-        def set_learning_rate(optimizers, *others):
-            (epoch,) = (other for other in others if isinstance(other, int))
-            for optimizer in optimizers if isinstance(optimizers, list) else [optimizers]:
-                optimizer.param_groups[0]["lr"] = 0.01 if epoch < 4 else 0.001
-
-        if hasattr(module, "set_learning_rate"):
-            module.set_learning_rate = set_learning_rate
-
     def with_stand_in(module):
         drop_the_rate_at_epoch_4(module)
         stand_ins.append(StandIn(module, monkeypatch))
@@ -117,6 +119,8 @@ def test_on_a_gpu(script, precision, tmp_path, monkeypatch):
         def record(module, found=found):
             pop = module.cifar.Meter.pop
             module.cifar.Meter.pop = lambda meter: found.append(pop(meter)) or found[-1]
+            if "resnet" in script:  # whose rate changes every epoch, which three steps would be too few for
+                drop_the_rate_at_epoch_4(module)
 
         switch = "--cuda-graph" if name == "graph" else "--no-cuda-graph"
         train(script, tmp_path / name, "--precision", precision, "--epochs", 3, switch, before=record)

@@ -22,8 +22,11 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 CUDA = torch.device("cuda")
 DUMMY = ["--dummy", "--debug", 1, "-b", 4, "--image-size", 32, "-p", 1]
+RESNET = SCRIPTS["auxiliary_nets_study/cifar_resnet.py"]
+METHODS = [["auglocal"], ["infopro", "--infopro-loss", "contrast"], ["checkpoint"]]
 CASES = [
     *SCRIPTS.items(),
+    *(("auxiliary_nets_study/cifar_resnet.py", [*RESNET, "--method", *method]) for method in METHODS),
     ("buffer_experiments/cifar_buffer.py", [*SCRIPTS["buffer_experiments/cifar_buffer.py"], "--quantize", "2,4"]),
     ("dni_comparisons/cifar_cnn_dni.py", QUICK),
     ("imagenet_dgl/imagenet.py", [*DUMMY, "--arch", "vgg11_bn"]),  # with dropout
@@ -63,6 +66,12 @@ def move(network, function, recurse=True):
     return network
 
 
+def deepcopy(tensor, memo):
+    """A tensor's without a storage."""
+    clone = tensor.detach().clone()
+    return nn.Parameter(clone, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else clone
+
+
 def ones(tensor):
     return np.ones(tensor.shape, float if tensor.is_floating_point() else int).tolist()
 
@@ -72,6 +81,7 @@ def pretended_gpu(monkeypatch):
     patch = monkeypatch.setattr
     patch(torch.Tensor, "backward", backward)
     patch(torch.autograd, "backward", lambda outputs, gradients: [backward(*pair) for pair in zip(outputs, gradients)])
+    patch(torch.Tensor, "__deepcopy__", deepcopy)
     patch(torch.Tensor, "tolist", ones)
     patch(torch.Tensor, "item", ones)
     patch(torch.Tensor, "__int__", lambda _: 1)

@@ -32,6 +32,7 @@ for label in range(10):
 # 30 images are two batches of 12 and one of 6. Where the learning rate drops, it does so between the two epochs.
 DATA = ["--data", IMAGES, "--train-size", 30, "--batch-size", 12, "--epochs", 2]
 FLAGS = {script: [*flags, *DATA] for script, flags in SCRIPTS.items()}
+FLAGS["auxiliary_nets_study/cifar_resnet.py"] += ["--lr", 1, "--warmup", 2, "--epochs", 4]  # in the last, 0
 FLAGS["buffer_experiments/cifar_buffer.py"] += ["--layer-sequence", "random", "--epochdecay", 1]
 FLAGS["learning_curves/cifar_dgl.py"] += ["--lr", 0.01]
 FLAGS["learning_curves/cifar_sequential_greedy.py"] += ["--lr", 0.01, "--epochs", 1]  # of each layer

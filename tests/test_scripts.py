@@ -23,6 +23,7 @@ SCRATCH = tempfile.TemporaryDirectory()
 QUICK = ["--data", SCRATCH.name, "--train-size", 40, "--batch-size", 13, "--threads", 1, "--epochs", 3]
 SCRIPTS = {
     "auxiliary_nets_study/cifar_dgl.py": [*QUICK, "--feature_size", 4, "--block_size", 2],
+    "auxiliary_nets_study/cifar_resnet.py": [*QUICK, "--method", "man", "--depth", 8, "--num-modules", 3],
     "buffer_experiments/cifar_buffer.py": [
         *[*QUICK, "--seed", 1, "--buffer", 3, "--layer-sequence", "sequential"],  # random turns: test_buffer.py
         *["--ncnn", 3, "--down", "[0]", "--feature_size", 4],
