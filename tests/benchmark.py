@@ -1,7 +1,7 @@
 """Speed and memory of every script's training step, against this machine's own peak.
 
     python tests/benchmark.py            # all rows, a few minutes
-    python tests/benchmark.py --rows DGL --threads 1
+    python tests/benchmark.py --rows DGL "auxiliary_nets_study: ResNet" --threads 1
     python tests/benchmark.py --precision bf16 --cuda-graph    # on a GPU
 
 A row is the median over passes of the script's own train_epoch, data preparation included, at batch 128. GFLOP/s counts
@@ -190,6 +190,17 @@ def auxiliary_nets_study(args):
             lambda c=c: c.script.train_epoch(c.model, c.optimizers, c.scalers, c.autocast, c.train, c.meters),
             lambda c=c: c.script.evaluate(c.model, c.autocast, c.test),
         )
+    methods = ["checkpoint", "dgl", "predsim", "infopro", "infopro contrast", "auglocal", "man", "man-bias"]
+    for name, modules in [("backprop", 1), *((method, K) for K in (4, 16) for method in methods)]:
+        method, _, contrast = name.partition(" ")
+        flags = ["--method", method, "--num-modules", f"{modules}", *(["--infopro-loss", contrast] if contrast else [])]
+        c = Context("auxiliary_nets_study", "cifar_resnet", args, flags)
+        c.model, *parts, meters = c.script.make_parts(c.args, 10, c.device)
+        yield (
+            f"auxiliary_nets_study: ResNet-32, {name}, K = {modules}",
+            lambda c=c, parts=parts, meters=meters: c.script.train_epoch(c.model, *parts, c.train, meters),
+            lambda c=c, parts=parts: c.script.evaluate(c.model, parts[-1], c.test),
+        )
 
 
 def ddg_comparisons(args):
@@ -303,7 +314,7 @@ def peak_memory(work, device):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="", help="only the rows whose name begins so")
+    parser.add_argument("--rows", nargs="+", default=[""], help="only the rows whose name begins with one of these")
     parser.add_argument("--batches", type=int, default=8, help="in a pass")
     parser.add_argument("--threads", type=int, help="CPU threads")
     parser.add_argument("--no-cuda", action="store_true")
@@ -319,7 +330,7 @@ def main():
     peaks, table, images = [matrix_product_rates(device, dtype)], [], BATCH * args.batches
     with contextlib.suppress(KeyboardInterrupt):  # the table then has the rows up to here
         for name, train, evaluate in rows(args):
-            if not name.startswith(args.rows):
+            if not name.startswith(tuple(args.rows)):
                 continue
             switch_graphs(False)  # a replay shows neither its FLOPs nor its memory
             with FlopCounterMode(display=False) as counter:

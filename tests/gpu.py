@@ -35,6 +35,7 @@ import psutil
 ROOT, ME = Path(__file__).resolve().parent.parent, str(Path(__file__).resolve())
 LEARNING, AUXILIARY, DNI = "learning_curves/cifar", "auxiliary_nets_study/cifar_dgl.py", "dni_comparisons/cifar"
 DDG, BUFFER, IMAGENET = "ddg_comparisons/cifar", "buffer_experiments/cifar", "imagenet_dgl/imagenet"
+RESNET = "auxiliary_nets_study/cifar_resnet.py"
 SHARES = {"tests": 0.4, "commands": 0.2, "tables": 0.18, "runs": 0.22}  # of the time, by stage
 PATIENCE = 15  # seconds in which a job that is told to end must have ended
 
@@ -46,6 +47,7 @@ CIFAR_COMMANDS = [  # the READMEs' published commands
     *(f"{DDG}_{method}.py" for method in ("backprop", "dgl", "ddg", "features_replay")),
     *(f"{BUFFER}_buffer.py --seed 0{flags}" for flags in (" --buffer 30 --quantize 8,256", "")),
     f"{BUFFER}_buffer.py --seed 0 --buffer 30 --noise 0.1 --layer_noise 3",
+    *(f"{RESNET} --method {m}" for m in ("dgl", "infopro --infopro-loss contrast", "checkpoint", "man")),
 ]
 SIX_PROCESSES = f"-m torch.distributed.run --standalone --nproc_per_node=6 {BUFFER}_async.py --buffer 30 --seed 0"
 IMAGENET_COMMANDS = [
@@ -62,17 +64,37 @@ PRECISIONS = {  # the flags of each; what a script refuses is said in the table
     "compile": "--precision bf16 --compile",
 }
 LAYOUTS = [f"--precision {p} --layout {layout}" for p in ("tf32", "bf16") for layout in ("channels_last", "contiguous")]
+VGG = "'auxiliary_nets_study: mlp' 'auxiliary_nets_study: cnn'"
 TABLES = {  # and the minutes that each is expected to take
-    "tests/benchmark.py": 1.5,
+    "tests/benchmark.py": 2.5,
     f"{ME} worker largest_batches 16": 1.2,  # GiB, as the published GPU had
     "ddg_comparisons/memory.py": 0.4,
-    "tests/benchmark.py --precision bf16": 1.5,
-    "tests/benchmark.py --precision bf16 --cuda-graph": 1.5,
-    **{f"tests/benchmark.py --rows auxiliary {flags}": 0.3 for flags in LAYOUTS},
+    "tests/benchmark.py --precision bf16": 2.5,
+    "tests/benchmark.py --precision bf16 --cuda-graph": 2.5,
+    **{f"tests/benchmark.py --rows {VGG} {flags}": 0.3 for flags in LAYOUTS},
     f"{ME} worker largest_batches 0": 1.5,  # the whole GPU
 }
 SLOW = {"1.11": 0.1, "1.25": 0.2, "1.5": 0.3333, "2": 0.5}  # slowdown: --noise
 BUFFERS = f"{BUFFER}_buffer.py --nepochs 50 --precision bf16 --seed 0 --buffer"
+LOCAL = {  # method: GFLOP of an image in ResNet-32 with K modules, as `--costs` prints them
+    "dgl": {2: 0.41, 4: 0.40, 8: 0.39, 16: 0.36},
+    "infopro --infopro-loss contrast": {2: 0.44, 4: 0.51, 8: 0.63, 16: 0.87},
+    "auglocal": {2: 0.63, 4: 0.95, 8: 1.58, 16: 2.85},
+    "man": {2: 0.49, 4: 0.65, 8: 0.95, 16: 1.58},
+    "infopro": {2: 0.44, 4: 0.51, 8: 0.62, 16: 0.85},
+    "predsim": {2: 0.42, 4: 0.44, 8: 0.48, 16: 0.56},
+    "checkpoint": {2: 0.48, 4: 0.51, 8: 0.53, 16: 0.54},
+    "man-bias": {2: 0.46, 4: 0.57, 8: 0.76, 16: 1.17},
+}
+
+
+def local_run(gflop, method, depth, modules):
+    """A line of RUNS. A step has 1024 images."""
+    launch, name = depth / 6 + 2 * modules, method.replace(" --infopro-loss ", "-")
+    flags = f"--epochs 40 --precision bf16 --depth {depth}" + f" --num-modules {modules}" * (modules > 1)
+    return 40, gflop, launch / 8, f"{RESNET} {flags} --method {method} --name gpu-{depth}-{name}_k{modules}"
+
+
 RUNS = [  # most wanted first: passes over CIFAR-10, GFLOP of an image, ms to launch the kernels of a step of 128 images
     *((50, 0.35, 4.5, f"{LEARNING}_dgl.py --epochs 50 --seed {s} --name gpu-seed{s}") for s in (1, 2, 3)),
     (200, 0.13, 1.5, f"{LEARNING}_sequential_greedy.py --epochs 50 --seed 1 --name gpu-seed1"),
@@ -96,6 +118,14 @@ RUNS = [  # most wanted first: passes over CIFAR-10, GFLOP of an image, ms to la
     (50, 0.35, 4.5, f"{LEARNING}_dgl.py --epochs 50 --precision bf16 --name gpu-bf16"),
     *((200, 0.13, 1.5, f"{LEARNING}_sequential_greedy.py --epochs 50 --seed {s} --name gpu-seed{s}") for s in (2, 3)),
     (50, 2.8, 7, f"{AUXILIARY} --epochs 50 --name gpu-mlp-sr-fp32"),
+    local_run(0.41, "backprop", 32, 1),
+    *(local_run(gflops[K], method, 32, K) for K in (4, 16, 2, 8) for method, gflops in LOCAL.items()),
+    local_run(1.52, "backprop", 110, 1),
+    *(
+        local_run(gflop, method, 110, K)
+        for K in (2, 4)
+        for method, gflop in (("dgl", 1.51), ("infopro --infopro-loss contrast", 1.6), ("checkpoint", 1.8))
+    ),
 ]
 
 
@@ -220,7 +250,9 @@ def few_steps(args, command):
         tiny, flags = "-b 4 --image-size 32 --nepochs 1 --arch resnet18", "--dummy --debug 1 --nepochs 2 -p 0"
     else:
         flags = "--data digits --epochs 3"  # in the first are cuDNN's benchmark, warm-up and capture
+        flags += " --batch-size 128" * (RESNET in command)  # of 1024, digits have too few
         tiny = "--train-size 40 --batch-size 16"
+        tiny += " --depth 8" * (RESNET in command) + " --num-modules 3" * ("--num-modules" in command)
         tiny += " --depth 26" * (DDG in command) + " --feature_size 32" * (BUFFER in command or AUXILIARY in command)
     return f"{flags} --no-cuda --threads 1 {tiny}".split() if args.rehearse else flags.split()
 
@@ -242,7 +274,7 @@ def tables(args):
 def runs(args):
     """Full-length runs. Of those side by side, half are expected to compute at a time."""
     jobs = []
-    for passes, gflop, ms, command in RUNS[:10:9] if args.rehearse else RUNS:
+    for passes, gflop, ms, command in [RUNS[0], RUNS[9], RUNS[-1]] if args.rehearse else RUNS:
         rate = 120e3 if "bf16" in command else 30e3  # GFLOP/s, cautious for an H100
         graph = args.cuda_graph and "_ddg.py" not in command and "_replay.py" not in command  # which are eager
         compute = 50_000 * gflop / rate * max(1, args.jobs / 2)
