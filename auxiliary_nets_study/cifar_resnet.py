@@ -46,12 +46,13 @@ def parse_args(argv=None):
     add("--audit", action="store_true", help="check that all methods are local, on random data, and exit")
     add("--batch-size", type=utils.at_least(2), default=1024, help="images in a training batch")
     add("--lr", type=utils.at_least(0, float, above=True), help="(default: 0.8 for 1024 images, and in proportion)")
-    add("--warmup", type=utils.at_least(0), default=10, help="epochs in which the learning rate rises")
+    add("--warmup", type=utils.at_least(0), help="epochs in which the learning rate rises (default: a 16th, 10 of 160)")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
     add("--epochs", type=utils.at_least(1), default=160, help="passes over the training set")
     add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and data order")
     args = parser.parse_args(argv)
     args.lr = args.lr or 0.8 * args.batch_size / 1024
+    args.warmup = args.epochs // 16 if args.warmup is None else args.warmup
     try:
         defaults = {"auglocal": len(resnet.widths(args.depth)), "backprop": 1}
         args.num_modules = args.num_modules or defaults.get(args.method, 4)
