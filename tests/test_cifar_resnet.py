@@ -201,6 +201,26 @@ def test_supervised_contrastive_loss(labels):
     assert bool(z.grad.any()) == (total != 0 and len(labels) > 2)  # of two images, one is all that there is to choose
 
 
+@pytest.mark.parametrize(("layer", "hidden"), [(0, 2), (6, 2), (11, 3)])
+def test_dgl(layer, hidden):
+    """mlp-sr: 1x1 convolutions at a quarter of the resolution, then an mlp on 2x2 pixels."""
+    where = place(layer)
+    net, C = methods.DGL(where, parse("--dgl-hidden", hidden)).net, where.channels
+    h, shapes = torch.randn(3, C, where.side, where.side), []
+    for part in net:
+        h = part(h)
+        shapes.append((type(part).__name__, *h.shape[1:]))
+    small, wide = where.side // 4, 4 * C
+    assert shapes == [
+        ("AdaptiveAvgPool2d", C, small, small),
+        *[(kind, C, small, small) for kind in ("Conv2d", "BatchNorm2d", "ReLU")] * 3,
+        *(("AdaptiveAvgPool2d", C, 2, 2), ("Flatten", wide)),
+        *[(kind, wide) for kind in ("Linear", "BatchNorm1d", "ReLU")] * hidden,
+        ("Linear", 10),
+    ]
+    assert {part.kernel_size for part in net if isinstance(part, nn.Conv2d)} == {(1, 1)}
+
+
 @pytest.mark.parametrize(("layer", "side"), [(0, 8), (6, 4), (11, 4)])
 def test_predsim(layer, side):
     where = place(layer)
@@ -615,12 +635,13 @@ def test_compiled(name, monkeypatch):
 def test_one_pass_evaluation_equals_each_module_by_itself(name):
     parts = model, *_, autocast, _ = make(*ALL[name], "--depth", 8, "--num-modules", 1 if name == "backprop" else 3)
     train(parts)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (40, 32, 32, 3), dtype=torch.uint8, generator=generator)
-    labels = torch.randint(10, (40,), generator=generator)
+    images = torch.randint(256, (100, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    ((x, _),) = cifar.Batches(images, torch.zeros(100), 100, CPU)
+    with torch.no_grad():
+        labels = model.auxiliary_nets[-1].net(nn.Sequential(*model.blocks).eval()(x)).argmax(1)
+    model.train()
     top1 = script.evaluate(model, autocast, cifar.Batches(images, labels, 16, CPU))
     assert not model.training
-    ((x, _),) = cifar.Batches(images, labels, 40, CPU)
     for n, (block, net) in enumerate(zip(model.blocks, model.auxiliary_nets)):
         with torch.no_grad():
             x = block(x)
@@ -631,6 +652,7 @@ def test_one_pass_evaluation_equals_each_module_by_itself(name):
             logits = (net.head if hasattr(net, "head") else net.net)(y)
         assert top1[n] == pytest.approx(100 * (logits.argmax(1) == labels).float().mean().item())
     assert len(top1) == len(model.blocks)
+    assert top1[-1] == 100
 
 
 QUICK = ["--data", "digits", "--train-size", 20, "--batch-size", 10, "--depth", 8, "--threads", 1]
@@ -696,17 +718,22 @@ def test_backprop_s_costs(depth):
     assert whole["peak"] == row["kept"] == pytest.approx(4 * 8 * (3 * 1024 + maps) + small, abs=64)
 
 
-def test_checkpointing_s_costs():
-    """Forward twice, but for the last segment; kept at the peak: inputs of segments and one of them."""
+@pytest.mark.parametrize("widths", [[16, 32, 64], [16, 16, 16, 32, 32, 64, 64]], ids=["K=4", "K=8"])
+def test_checkpointing_s_costs(widths):
+    """Forward twice, but for the last segment; kept at the peak: inputs of segments up to one, and what that keeps."""
     stem, convolutions = conv_flops(32)
-    flags = ["--method", "checkpoint", "--num-modules", 4, "--batch-size", 8]
-    rows, whole = measured(*flags)
+    rows, whole = measured("--method", "checkpoint", "--num-modules", len(widths) + 1, "--batch-size", 8)
     again = sum(row["flops"] for row in rows[:-1])
     assert sum(row["flops"] for row in rows) == convolutions
     assert whole["flops"] == 3 * (convolutions + 2 * 640) - stem + again
-    inputs = [0, 8 * 4 * 16 * 1024, 8 * 4 * 32 * 256, 8 * 4 * 64 * 64]  # the images wait anyway
-    by_hand = [sum(inputs[:k]) + row["kept"] for k, row in enumerate(rows)]
+    before = [
+        0,
+        0,
+        *itertools.accumulate(8 * 4 * 16 * 1024 * 16 // width for width in widths[:-1]),
+    ]  # images wait anyway
+    by_hand = [inputs + row["kept"] for inputs, row in zip(before, rows, strict=True)]
     assert whole["peak"] == max(by_hand)
+    assert by_hand.index(max(by_hand)) == (0 if len(rows) == 4 else 2)
     assert whole["parameters"] == 466_906
 
 
@@ -782,6 +809,19 @@ def test_the_table_of_costs(tmp_path):
         assert [float(cell.replace(",", "")) for cell in row[2:]] == pytest.approx(expected, abs=0.06)
     assert float(backprop[3]) < float(checkpoint[3])
     assert float(backprop[4]) > float(checkpoint[4])
+
+
+@slow
+def test_the_table_of_costs_of_modules_balanced_for_memory(tmp_path):
+    """They are more equal than modules of equally many layers."""
+    kept = {}
+    for balance in ("memory", "blocks"):
+        flags = ["--depth", 110, "--num-modules", 4, "--batch-size", 8, "--balance", balance]
+        status, text, _ = run(SCRIPT, "--costs", *flags, cwd=tmp_path)
+        assert status == 0
+        kept[balance] = [float(line.split("|")[-2]) for line in text.splitlines() if re.match(r"\| \d", line)]
+        assert len(kept[balance]) == 4
+    assert max(kept["memory"]) < 0.8 * max(kept["blocks"])
 
 
 # The audit, and methods that cheat
@@ -869,8 +909,11 @@ def test_the_audit_finds_a_second_forward_pass(monkeypatch):
     ]
 
 
-def test_the_audit_finds_weights_read_without_a_gradient(monkeypatch):
+@pytest.mark.parametrize("declared", ["", "weights of the next block"])  # which is for after a step
+def test_the_audit_finds_weights_read_without_a_gradient(declared, monkeypatch):
     class Peeks(Honest):
+        reads = declared
+
         def loss(self, logits, more, images, labels):
             weight = self.next_block[0].residual[0].weight.detach()
             return super().loss(logits, more, images, labels) + 1e-3 * weight.square().mean()
@@ -956,6 +999,8 @@ def test_defaults():
     assert parse("--method", "auglocal", "--depth", 110).num_modules == 55
     assert parse("--method", "auglocal", "--depth", 110, "--num-modules", 16).num_modules == 16
     assert (parse().depth, parse().epochs, parse().batch_size, parse().lr) == (32, 160, 1024, 0.8)
+    assert [parse("--epochs", epochs).warmup for epochs in (160, 40, 15)] == [10, 2, 0]
+    assert parse("--epochs", 160, "--warmup", 0).warmup == 0
 
 
 def test_another_number_of_epochs_is_refused(tmp_path):
