@@ -1,8 +1,8 @@
 """Is local learning local? Every method and number of modules, a training step of each module on random data.
 
 - A module's step changes no parameter, buffer or gradient outside the module, and hands no graph to the next one.
-- Its loss does not depend on the later modules' parameters. Nor does that of its next step on the same input, unless
-  the method says that it reads them (LocalLoss.reads), as MAN's moving average does.
+- Its loss does not depend on the later modules' parameters or buffers. Nor does that of its next step on the same
+  input, unless the method says that it reads them (LocalLoss.reads), as MAN's moving average does.
 - Each BatchNorm counts the batch once. One that a second forward pass (checkpointing) updates again counts it twice.
 """
 
@@ -40,14 +40,13 @@ def two_losses(n, x, images, labels, train_module, parts):
 
 
 def reads_later(n, x, images, labels, train_module, parts):
-    """Whether the losses of two steps of module n change with the later modules' parameters: [first, second]."""
+    """Whether the losses of two steps of module n change with the later modules' state: [first, second]."""
     model, optimizers, *_ = parts
     saved, pairs = copy.deepcopy((model.state_dict(), optimizers[n].state_dict())), []
     for noise in (0, 1):
-        with torch.no_grad():
-            for name, p in model.named_parameters():
-                if owner(name) > n:
-                    p.add_(noise * torch.randn_like(p))
+        for name, tensor in model.state_dict().items():
+            if owner(name) > n and tensor.is_floating_point():
+                tensor.add_(noise * torch.randn_like(tensor))
         torch.manual_seed(0)  # a method's dropout is the same in both
         pairs.append(two_losses(n, x, images, labels, train_module, parts))
         model.load_state_dict(saved[0])
@@ -77,18 +76,23 @@ def audit(train_module, parts):
     return [*found, *(f"{name} is {count} after one batch" for name, count in counts.items() if count != 1)]
 
 
-def main(args, make_parts, train_module, device):
+def main(args, make_parts, train_module):
     """Print a row for each method and number of modules; SystemExit if one is not as it should be."""
-    layers, failed = len(resnet.widths(args.depth)), 0
+    numbers, failed = [K for K in (2, 4, 8, 16, 55) if len(resnet.widths(args.depth)) >= K], 0
+    names = ["backprop", "checkpoint", *methods.METHODS]
+    cases = [
+        (name, loss) for name in names for loss in ("softmax", "contrast") if loss == "softmax" or name == "infopro"
+    ]
     print(f"ResNet-{args.depth}, {IMAGES} random images\n\n| method | K | local? | reads |\n|---|---|---|---|")
-    for method in ("backprop", "checkpoint", *methods.METHODS):
-        for args.num_modules in [1] if method == "backprop" else [K for K in (2, 4, 8, 16, 55) if layers >= K]:
-            args.method, args.balance = method, "blocks"
-            parts = make_parts(args, 10, device)
+    for args.method, args.infopro_loss in cases:
+        for args.num_modules in [1] if args.method == "backprop" else numbers:  # noqa: B020
+            args.balance = "blocks"
+            parts = make_parts(args, 10, torch.device("cpu"))  # which repeats a step to the bit
             found = audit(train_module, parts)
             failed += bool(found)
             reads = {local_loss.reads for local_loss in parts[0].auxiliary_nets} - {""}
             verdict = f"no: {found[0]}" + f" (and {len(found) - 1} more)" * (len(found) > 1) if found else "yes"
+            method = args.method + " contrast" * (args.infopro_loss == "contrast")
             print(f"| {method} | {args.num_modules} | {verdict} | {', '.join(reads) or 'nothing'} |", flush=True)
     if failed:
         raise SystemExit(f"{failed} of these are not local")

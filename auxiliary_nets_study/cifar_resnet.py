@@ -166,7 +166,7 @@ def main(argv=None):
         return costs.print_table(args, Network)
     device = utils.setup(args)
     if args.audit:
-        return audit.main(args, make_parts, train_module, device)
+        return audit.main(args, make_parts, train_module)
     data = cifar.load_data(args, device)
     for batches in (data.train, data.test):
         batches.mean, batches.std = (torch.tensor(values, device=device) for values in (methods.MEAN, methods.STD))

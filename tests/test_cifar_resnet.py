@@ -947,7 +947,7 @@ def test_audit_of_all(flags, tmp_path):
     assert not list(tmp_path.iterdir())
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][1:]
     modules = ["2", "4"] if flags[1] == 8 else ["2", "4", "8", "16"]
-    local = ["dgl", "predsim", "infopro", "auglocal", "man", "man-bias"]
+    local = ["dgl", "predsim", "infopro", "infopro contrast", "auglocal", "man", "man-bias"]
     assert [row[:2] for row in rows] == [["backprop", "1"], *([m, K] for m in ["checkpoint", *local] for K in modules)]
     assert {row[2] for row in rows} == {"yes"}
     average = "next block's weights, into a moving average"
