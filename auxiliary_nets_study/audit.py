@@ -1,11 +1,14 @@
-"""Is local learning local? Every method and number of modules, a training step of each module on random data.
+"""Is local learning local? Every method and number of modules, training steps of each module on random data.
 
 - A module's step changes no parameter, buffer or gradient outside the module, and hands no graph to the next one.
-- Its loss does not depend on the later modules' parameters or buffers. Nor does that of its next step on the same
-  input, unless the method says that it reads them (LocalLoss.reads), as MAN's moving average does.
+- Its loss and gradients do not depend on the later modules' parameters or buffers. Nor do those of its next step, after
+  one of the next module, unless the method says that it reads them (LocalLoss.reads), as MAN's moving average does.
 - Each BatchNorm counts the batch once. One that a second forward pass (checkpointing) updates again counts it twice.
+
+A step must repeat to the bit: what changes from step to step, and is not in a buffer, looks like something read.
 """
 
+import argparse
 import copy
 
 import torch
@@ -29,30 +32,39 @@ def owner(name):
 
 
 def changed(before, after):
-    """Names of what is new or another value."""
+    """Names of tensors that are new or have changed."""
     return [name for name, tensor in after.items() if name not in before or not torch.equal(before[name], tensor)]
 
 
-def two_losses(n, x, images, labels, train_module, parts):
-    """The losses of two steps of module n on the same input."""
-    meters = parts[-1]
-    return [(train_module(n, x, images, labels, *parts), meters[n].pop()[0])[1] for _ in range(2)]
+def steps(n, x, images, labels, train_module, parts):
+    """Steps of module n, of the next one on its output, and of n again: n's loss and gradients in its two steps."""
+    model, *_, meters = parts
+    output = None
+    for m in [n, n + 1, n] if n + 1 < len(meters) else [n, n]:
+        output = train_module(m, x if m == n else output.detach(), images, labels, *parts)
+        loss, _ = meters[m].pop()
+        if m == n:
+            gradients = [
+                p.grad.clone() for name, p in model.named_parameters() if owner(name) == n and p.grad is not None
+            ]
+            yield [torch.tensor(loss), *gradients]
 
 
 def reads_later(n, x, images, labels, train_module, parts):
-    """Whether the losses of two steps of module n change with the later modules' state: [first, second]."""
+    """Whether two steps of module n are others with other parameters and buffers of later modules: [first, second]."""
     model, optimizers, *_ = parts
-    saved, pairs = copy.deepcopy((model.state_dict(), optimizers[n].state_dict())), []
+    stateful, runs = [model, *optimizers], []
+    saved = copy.deepcopy([part.state_dict() for part in stateful])
     for noise in (0, 1):
         for name, tensor in model.state_dict().items():
             if owner(name) > n and tensor.is_floating_point():
-                tensor.add_(noise * torch.randn_like(tensor))
+                tensor.add_(noise * torch.rand_like(tensor))  # of one sign: variances stay positive
         torch.manual_seed(0)  # a method's dropout is the same in both
-        pairs.append(two_losses(n, x, images, labels, train_module, parts))
-        model.load_state_dict(saved[0])
-        optimizers[n].load_state_dict(saved[1])
+        runs.append([*steps(n, x, images, labels, train_module, parts)])
+        for part, state in zip(stateful, copy.deepcopy(saved)):  # an optimizer goes on in the tensors that it loads
+            part.load_state_dict(state)
         model.zero_grad()
-    return [a != b for a, b in zip(*pairs)]
+    return [not all(map(torch.equal, *pair)) for pair in zip(*runs)]
 
 
 def audit(train_module, parts):
@@ -79,20 +91,19 @@ def audit(train_module, parts):
 def main(args, make_parts, train_module):
     """Print a row for each method and number of modules; SystemExit if one is not as it should be."""
     numbers, failed = [K for K in (2, 4, 8, 16, 55) if len(resnet.widths(args.depth)) >= K], 0
-    names = ["backprop", "checkpoint", *methods.METHODS]
-    cases = [
-        (name, loss) for name in names for loss in ("softmax", "contrast") if loss == "softmax" or name == "infopro"
-    ]
     print(f"ResNet-{args.depth}, {IMAGES} random images\n\n| method | K | local? | reads |\n|---|---|---|---|")
-    for args.method, args.infopro_loss in cases:
-        for args.num_modules in [1] if args.method == "backprop" else numbers:  # noqa: B020
-            args.balance = "blocks"
-            parts = make_parts(args, 10, torch.device("cpu"))  # which repeats a step to the bit
+    for method in ("backprop", "checkpoint", *methods.METHODS, "infopro contrast"):
+        for K in [1] if method == "backprop" else numbers:
+            name, _, loss = method.partition(" ")
+            flags = {"method": name, "infopro_loss": loss or "softmax", "num_modules": K, "balance": "blocks"}
+            flags["precision"] = "fp32"  # a loss scaler skips steps
+            parts = make_parts(argparse.Namespace(**vars(args) | flags), 10, torch.device("cpu"))  # the same each time
             found = audit(train_module, parts)
             failed += bool(found)
             reads = {local_loss.reads for local_loss in parts[0].auxiliary_nets} - {""}
-            verdict = f"no: {found[0]}" + f" (and {len(found) - 1} more)" * (len(found) > 1) if found else "yes"
-            method = args.method + " contrast" * (args.infopro_loss == "contrast")
-            print(f"| {method} | {args.num_modules} | {verdict} | {', '.join(reads) or 'nothing'} |", flush=True)
+            verdict = "yes" if len(parts[0].blocks) > 1 else "one module"
+            if found:
+                verdict = f"no: {found[0]}" + f" (and {len(found) - 1} more)" * (len(found) > 1)
+            print(f"| {method} | {K} | {verdict} | {', '.join(reads) or 'nothing'} |", flush=True)
     if failed:
         raise SystemExit(f"{failed} of these are not local")

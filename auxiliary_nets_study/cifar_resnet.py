@@ -34,7 +34,7 @@ def parse_args(argv=None):
     add, choices = parser.add_argument, ["backprop", "checkpoint", *methods.METHODS]
     add("--method", choices=choices, default="dgl", help="local loss, or backprop without or with checkpointing")
     add("--depth", type=utils.at_least(8), default=32, help="layers of the ResNet: 6n+2; published: 32, 110")
-    add("--num-modules", type=utils.at_least(1), help="(default: all layers with auglocal, 1 with backprop, else 4)")
+    add("--num-modules", type=utils.at_least(1), help="(default: with auglocal all layers, with backprop 1, else 4)")
     add("--balance", choices=["blocks", "memory"], default="blocks", help="memory: ResNet-110, 2 to 4 modules")
     add("--dgl-hidden", type=int, choices=[2, 3], default=2, help="dgl: hidden layers of the auxiliary network's mlp")
     add("--infopro-loss", choices=["softmax", "contrast"], default="softmax", help="infopro: what the head learns from")
@@ -43,14 +43,27 @@ def parse_args(argv=None):
     add("--lambdas", type=weight, nargs=4, metavar=("L1", "L2", "L1", "L2"), help=f"{help} (default: as published)")
     add("--auglocal-depth", type=utils.at_least(1), default=9, help="auglocal: blocks in the first auxiliary network")
     add("--costs", action="store_true", help="print what each module costs, beside backprop, and exit")
-    add("--audit", action="store_true", help="check that all methods are local, on random data, and exit")
+    add("--audit", action="store_true", help="check that all methods are local, with 2 to 55 modules, and exit")
     add("--batch-size", type=utils.at_least(2), default=1024, help="images in a training batch")
-    add("--lr", type=utils.at_least(0, float, above=True), help="(default: 0.8 for 1024 images, and in proportion)")
+    add(
+        "--lr",
+        type=utils.at_least(0, float, above=True),
+        help="the highest learning rate (default: 0.8 for batches of 1024, and in proportion)",
+    )
     add("--warmup", type=utils.at_least(0), help="epochs in which the learning rate rises (default: a 16th, 10 of 160)")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
-    add("--epochs", type=utils.at_least(1), default=160, help="passes over the training set")
+    add(
+        "--epochs",
+        type=utils.at_least(1),
+        default=160,
+        help="passes over the training set; in the last, the learning rate is 0",
+    )
     add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and data order")
     args = parser.parse_args(argv)
+    if args.method not in choices:  # from a checkpoint
+        parser.error(f"--method {args.method} is not defined here: resume with the script that has it")
+    if args.infopro_loss == "contrast" and args.method != "infopro":
+        parser.error("--infopro-loss contrast is of --method infopro alone")
     args.lr = args.lr or 0.8 * args.batch_size / 1024
     args.warmup = args.epochs // 16 if args.warmup is None else args.warmup
     try:

@@ -29,12 +29,22 @@ def keep(model, function, *inputs):
 
 
 def size(kept):
-    """In bytes."""
+    """Bytes of the storages."""
     return sum(storage.nbytes() for storage in kept.values())
 
 
 def parameters(part):
     return sum(p.numel() for p in part.parameters())
+
+
+def count_flops(function, *inputs):
+    """Call the function: what it returns, and its FLOPs."""
+    with FlopCounterMode(display=False) as counter:
+        return function(*inputs), counter.get_total_flops()
+
+
+def local_loss(net, h, images, labels):
+    return net.loss(*net(h), images, labels)
 
 
 def measure(args, Network):
@@ -45,36 +55,29 @@ def measure(args, Network):
         bytes of activations kept; and a dict for the whole: parameters, FLOPs of an image forward and backward, bytes
         of activations at the peak.
     """
+    B, checkpointed = args.batch_size, args.method == "checkpoint"
     with torch.device("meta"):
         model = Network(10, args).train()
-        images, labels = torch.empty(args.batch_size, 3, 32, 32), torch.empty(args.batch_size, dtype=torch.long)
+        images, labels = torch.empty(B, 3, 32, 32), torch.empty(B, dtype=torch.long)
     rows, x, inputs, peak, flops = [], images, {}, 0, 0
-    segments = model.blocks[0].segments if args.method == "checkpoint" else model.blocks
+    segments = model.blocks[0].segments if checkpointed else model.blocks
     nets = [None] * (len(segments) - len(model.auxiliary_nets)) + [*model.auxiliary_nets]
     for end, segment, net in zip(model.ends[-len(segments) :], segments, nets):
-        with FlopCounterMode(display=False) as counter:
-            representation, kept = keep(model, segment, x)
-        block_flops = counter.get_total_flops() / args.batch_size
-        row = {"end": end, "parameters": parameters(segment), "flops": block_flops, "net": 0, "net_flops": 0}
+        (h, kept), count = count_flops(keep, model, segment, x)
+        row = {"end": end, "parameters": parameters(segment), "flops": count / B, "net": 0, "net_flops": 0}
         if net:
-            with FlopCounterMode(display=False) as counter:
-                loss, more = keep(model, lambda h: net.loss(*net(h), images, labels), representation)  # noqa: B023
+            (loss, more), count = count_flops(keep, model, local_loss, net, h, images, labels)
             kept |= more
-            row |= {"net": parameters(net), "net_flops": counter.get_total_flops() / args.batch_size}
-            if args.method != "checkpoint":
-                with FlopCounterMode(display=False) as counter:
-                    loss.backward()
-                flops += row["flops"] + row["net_flops"] + counter.get_total_flops() / args.batch_size
+            row |= {"net": parameters(net), "net_flops": count / B}
+            if not checkpointed:
+                flops += row["flops"] + row["net_flops"] + count_flops(loss.backward)[1] / B
         rows.append(row | {"kept": size(kept)})
         peak = max(peak, size(inputs | kept))
-        if args.method == "checkpoint":  # segments' inputs wait for the backward pass
-            inputs |= {x.untyped_storage()._cdata: x.untyped_storage()} if x is not images else {}
-        x = representation.detach()
-    if args.method == "checkpoint":  # segments above had no graph to the one before
-        with FlopCounterMode(display=False) as counter:
-            logits, _ = model.auxiliary_nets[0](model.blocks[0](images))
-            logits.sum().backward()
-        flops = counter.get_total_flops() / args.batch_size
+        if checkpointed and x is not images:  # segments' inputs wait for the backward pass
+            inputs[x.untyped_storage()._cdata] = x.untyped_storage()
+        x = h.detach()
+    if checkpointed:  # the segments above had no graph to the one before
+        flops = count_flops(lambda: local_loss(net, model.blocks[0](images), images, labels).backward())[1] / B
     return rows, {"parameters": parameters(model), "flops": flops, "peak": peak}
 
 
@@ -88,18 +91,16 @@ def print_table(args, Network):
     print(f"| {head} |")
     print("|---|---|---|---|---|---|---|")
     for n, row in enumerate(rows, start=1):
-        net = (
-            f"{row['net']:,}{' (classifier)' * (n == len(rows))} | {row['net_flops'] / 1e6:.1f}"
-            if row["net"]
-            else " | "
-        )
+        net = f"{row['net']:,}{' (classifier)' * (n == len(rows))} | {row['net_flops'] / 1e6:.1f}"
         block = f"{resnet.name(row['end'], args.depth)} | {row['parameters']:,} | {row['flops'] / 1e6:.1f}"
-        print(f"| {n} | {block} | {net} | {row['kept'] / 2**20:.1f} |")
+        print(f"| {n} | {block} | {net if row['net'] else ' | '} | {row['kept'] / 2**20:.1f} |")
     print("\n| | K | parameters | MFLOPs of a training step, per image | activations at the peak, MiB |")
     print("|---|---|---|---|---|")
     for method in dict.fromkeys(["backprop", "checkpoint", args.method]):
-        one = {"num_modules": 1, "balance": "blocks"} if method == "backprop" else {}
-        whole_args = argparse.Namespace(**vars(args) | {"method": method} | one)
+        other = {"num_modules": 1, "balance": "blocks"} if method == "backprop" else {}
+        if method == "checkpoint" and args.method == "backprop":
+            other = {"num_modules": 4}
+        whole_args = argparse.Namespace(**vars(args) | {"method": method} | other)
         K, (_, whole) = whole_args.num_modules, measure(whole_args, Network)
         flops, peak = f"{whole['flops'] / 1e6:.1f}", f"{whole['peak'] / 2**20:.1f}"
         print(f"| {method} | {K} | {whole['parameters']:,} | {flops} | {peak} |")

@@ -1,14 +1,6 @@
 """Local losses: what a method makes of a block's output, so that the module can learn without the later ones.
 
-A method is a subclass of LocalLoss with a name, which `cifar_resnet.py --method` finds:
-
-    class Linear(LocalLoss, name="linear"):
-        def __init__(self, place, args):
-            super().__init__()
-            self.net = classifier(place.channels, place.num_classes)
-
-        def forward(self, h):
-            return self.net(h), None
+A method is a subclass of LocalLoss with a name, which `cifar_resnet.py --method` finds. README, "Your own method".
 """
 
 import copy
@@ -105,8 +97,8 @@ class DGL(LocalLoss, name="dgl"):
 class PredSim(LocalLoss, name="predsim"):
     """0.01 cross-entropy + 0.99 similarity matching (Nøkland and Eidnes, arXiv 1901.06656).
 
-    The similarities of a batch's features, the deviations of each channel of a 3x3 convolution over its pixels, are to
-    be those of its one-hot labels.
+    The similarities of a batch's features, the deviations of each channel of a 3x3 convolution over its pixels, should
+    match those of its one-hot labels.
     """
 
     def __init__(self, place, args):
@@ -128,22 +120,23 @@ class PredSim(LocalLoss, name="predsim"):
 class InfoPro(LocalLoss, name="infopro"):
     """l1 * reconstruction error + l2 * cross-entropy, or supervised contrastive loss (Wang et al., arXiv 2101.10832).
 
-    The decoder is to restore the image, so that a module keeps what later ones may need. The weights go linearly from
+    The decoder must restore the image, so that a module keeps what later ones may need. The weights go linearly from
     the first to the last but one module; see `loss_weights`.
     """
 
     def __init__(self, place, args, channels=None):
         super().__init__()
-        C, width = channels or place.channels, {16: 32}.get(channels or place.channels, 64)
-        self.contrast = args.method == "infopro" and args.infopro_loss == "contrast"
+        C = channels or place.channels
+        width, side, self.contrast = min(2 * C, 64), 32 * 16 // C, is_contrast(args)
         self.head = nn.Sequential(
             *(convolution(C, width, stride=width // C), nn.BatchNorm2d(width), nn.ReLU(inplace=True)),
             *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 128), nn.ReLU(inplace=True)),
             nn.Linear(128, 128 if self.contrast else place.num_classes),
         )
-        self.decoder = nn.Sequential(
-            *(nn.Upsample(32, mode="bilinear", align_corners=True), nn.Conv2d(C, 12, 3, padding=1)),
-            *(nn.BatchNorm2d(12), nn.ReLU(inplace=True), nn.Conv2d(12, 3, 3, padding=1), nn.Sigmoid()),
+        self.decoder = nn.Sequential(  # to the sigmoid's argument: 16 bits would round the sigmoid to 1
+            *([nn.Upsample(32, mode="bilinear", align_corners=True)] if side < 32 else []),
+            *(nn.Conv2d(C, 12, 3, padding=1), nn.BatchNorm2d(12), nn.ReLU(inplace=True)),
+            nn.Conv2d(12, 3, 3, padding=1),
         )
         first, last = loss_weights(args)
         self.weights = [a + place.progress * (b - a) for a, b in zip(first, last)]
@@ -151,17 +144,19 @@ class InfoPro(LocalLoss, name="infopro"):
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
     def forward(self, h):
-        if not self.training:
-            return None if self.contrast else self.head(h), None
-        output, decoded = self.head(h), self.decoder(h)
-        return (None, (output, decoded)) if self.contrast else (output, decoded)
+        output, decoded = self.head(h), self.decoder(h) if self.training else None
+        return None if self.contrast else output, (output, decoded)
 
     def loss(self, logits, more, images, labels):
-        embedding, decoded = more if self.contrast else (None, more)
-        originals = (images * self.std + self.mean).clamp(0, 1)  # which rounding may leave
-        reconstruction = F.binary_cross_entropy(decoded, originals)
-        prediction = contrastive_loss(embedding, labels) if self.contrast else F.cross_entropy(logits, labels)
+        output, decoded = more
+        originals = (images * self.std + self.mean).clamp(0, 1)  # rounding may step outside
+        reconstruction = F.binary_cross_entropy_with_logits(decoded, originals)
+        prediction = contrastive_loss(output, labels) if self.contrast else F.cross_entropy(output, labels)
         return self.weights[0] * reconstruction + self.weights[1] * prediction
+
+
+def is_contrast(args):
+    return args.method == "infopro" and args.infopro_loss == "contrast"
 
 
 def contrastive_loss(z, labels, temperature=0.07):
@@ -186,9 +181,7 @@ def loss_weights(args):
     """
     if args.lambdas:
         return args.lambdas[:2], args.lambdas[2:]
-    if (args.depth, args.num_modules) == (32, 16) and not (
-        args.method == "infopro" and args.infopro_loss == "contrast"
-    ):
+    if (args.depth, args.num_modules) == (32, 16) and not is_contrast(args):
         return (5, 0.05), (0.2, 0.5)
     if args.balance == "memory":
         return ((5, 0.1), (5, 0.1)) if args.num_modules == 2 else ((5, 0), (5, 0.1))
@@ -236,7 +229,7 @@ def auglocal_layers(layer, num_layers, depth):
 class MAN(InfoPro, name="man"):
     """InfoPro, softmax, that reads copy(h) + ema(h) (momentum auxiliary network; Su et al., arXiv 2407.05623).
 
-    Both have the form and the first weights of the next module's first block. `copy` learns with the module; `ema` is
+    Both start as copies of the next module's first block. `copy` learns with the module; `ema` is
     the moving average of that block's weights, which module-parallel training would have to send now and then.
     """
 

@@ -97,7 +97,7 @@ def classifier(channels, num_classes):
 
 
 class Checkpointed(nn.Module):
-    """Segments, one after the other, whose inner activations are computed anew in the backward pass.
+    """Segments, one after the other, whose inner activations are recomputed in the backward pass.
 
     Chen et al., arXiv 1604.06174; as torch's checkpoint_sequential, it keeps those of the last segment, which the
     backward pass needs first.

@@ -1,6 +1,6 @@
 """Speed and memory of every script's training step, against this machine's own peak.
 
-    python tests/benchmark.py            # all rows, a few minutes
+    python tests/benchmark.py            # all rows; a CPU may need half an hour
     python tests/benchmark.py --rows DGL "auxiliary_nets_study: ResNet" --threads 1
     python tests/benchmark.py --precision bf16 --cuda-graph    # on a GPU
 

@@ -264,14 +264,15 @@ def test_infopro_s_head_and_decoder(layer, head):
     assert [type(part).__name__ for part in net.head] == [
         *("Conv2d", "BatchNorm2d", "ReLU", "AdaptiveAvgPool2d", "Flatten", "Linear", "ReLU", "Linear"),
     ]
-    assert [type(part).__name__ for part in net.decoder] == [
-        *("Upsample", "Conv2d", "BatchNorm2d", "ReLU", "Conv2d", "Sigmoid"),
-    ]
-    ramp = torch.linspace(0, 1, where.side).expand(1, 1, where.side, where.side)
-    expected = torch.linspace(0, 1, 32).expand(1, 1, 32, 32)
-    torch.testing.assert_close(net.decoder[0](ramp), expected)  # corners aligned
-    logits, decoded = net(h)
+    upsample = ["Upsample"] * (where.side < 32)
+    assert [type(part).__name__ for part in net.decoder] == [*upsample, "Conv2d", "BatchNorm2d", "ReLU", "Conv2d"]
+    if upsample:
+        ramp = torch.linspace(0, 1, where.side).expand(1, 1, where.side, where.side)
+        expected = torch.linspace(0, 1, 32).expand(1, 1, 32, 32)
+        torch.testing.assert_close(net.decoder[0](ramp), expected)  # corners aligned
+    logits, (output, decoded) = net(h)
     assert (logits.shape, decoded.shape) == ((4, 10), (4, 3, 32, 32))
+    assert output is logits
     logits, (embedding, decoded) = infopro(layer, "--infopro-loss", "contrast")(h)
     assert (logits, embedding.shape, decoded.shape) == (None, (4, 128), (4, 3, 32, 32))
 
@@ -283,7 +284,7 @@ def test_infopro_s_loss(contrast):
     images = torch.tensor((raw - MEAN) / STD, dtype=torch.float32)
     net = infopro(0, *["--infopro-loss", "contrast"][: 2 * contrast], "--lambdas", 2, 0.25, 0, 0)
     logits, more = net(torch.randn(4, 16, 32, 32))
-    decoded = (more[1] if contrast else more).detach().double().numpy()
+    decoded = 1 / (1 + np.exp(-more[1].detach().double().numpy()))
     reconstruction = -(raw * np.log(decoded) + (1 - raw) * np.log(1 - decoded)).mean()
     prediction = methods.contrastive_loss(more[0], labels) if contrast else F.cross_entropy(logits, labels)
     expected = 2 * reconstruction + 0.25 * prediction.item()
@@ -316,7 +317,7 @@ CONTRAST = ["--method", "infopro", "--infopro-loss", "contrast"]
         ([*CONTRAST, "--depth", 110, "--balance", "memory", "--num-modules", 3], (5, 0), (5, 0.1)),
         ([*CONTRAST, "--depth", 110, "--balance", "memory", "--num-modules", 4], (5, 0), (5, 0.1)),
         (["--method", "infopro", "--num-modules", 16], (5, 0.05), (0.2, 0.5)),
-        (["--method", "man", "--num-modules", 16, "--infopro-loss", "contrast"], (5, 0.05), (0.2, 0.5)),
+        (["--method", "man", "--num-modules", 16], (5, 0.05), (0.2, 0.5)),
         ([*CONTRAST, "--num-modules", 16], (5, 0), (0.5, 1)),  # not published: ResNet-110's
         (["--method", "infopro", "--num-modules", 3], (5, 0.5), (5, 0.5)),  # nor this: of the next fewer modules
         (["--method", "infopro", "--num-modules", 7], (1, 0), (0, 1)),
@@ -445,7 +446,7 @@ def test_man_s_head_and_decoder_read_the_corrected_output(method):
     for training in (True, False):
         net.train(training)
         h = torch.randn(4, 16, 32, 32)
-        logits, decoded = net(h)
+        logits, (_, decoded) = net(h)
         y = copy.deepcopy(net).ema(h) + other(h)
         torch.testing.assert_close(logits, net.head(y))
         if training:
@@ -619,6 +620,19 @@ def test_16_bits(name, precision):
     losses = {p: train(make(*flags, "--precision", p), steps=1) for p in ("fp32", precision)}
     assert losses[precision] == pytest.approx(losses["fp32"], rel=0.05)
     assert losses[precision] != losses["fp32"]
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=slow)])
+def test_a_decoder_that_is_sure_in_16_bits(precision):
+    """Near 1, 16 bits would round the sigmoid, and with it the reconstruction loss and its gradient."""
+    losses, (images, labels) = [], batch()
+    for flags in ([], ["--precision", precision]):
+        parts = model, *_, meters = make("--method", "infopro", "--depth", 8, "--num-modules", 2, *flags)
+        nn.init.constant_(model.auxiliary_nets[0].decoder[-1].bias, 9)
+        script.train_module(0, images, images, labels, *parts)
+        losses.append(meters[0].pop()[0])
+        assert model.auxiliary_nets[0].decoder[-1].bias.grad.abs().min() > 0
+    assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
 
 @slow
@@ -921,6 +935,33 @@ def test_the_audit_finds_weights_read_without_a_gradient(declared, monkeypatch):
     assert cheat(monkeypatch, Peeks) == [f"module {n} reads later modules' parameters for its loss" for n in (1, 2)]
 
 
+def test_the_audit_finds_a_gradient_through_weights_that_are_declared(monkeypatch):
+    class Through(Honest):
+        reads = "weights of the next block"
+
+        def loss(self, logits, more, images, labels):
+            frozen = {name: p.detach() for name, p in self.next_block[0].named_parameters()}
+            further = torch.func.functional_call(copy.deepcopy(self.next_block[0]), frozen, more).square().mean()
+            return super().loss(logits, None, images, labels) + further - further.detach()
+
+        def forward(self, h):
+            return self.net(h), h
+
+    assert cheat(monkeypatch, Through) == [f"module {n} reads later modules' parameters for its loss" for n in (1, 2)]
+
+
+def test_the_audit_finds_a_later_module_s_loss(monkeypatch):
+    class Feedback(Honest):
+        last = 1.0
+
+        def loss(self, logits, more, images, labels):
+            loss = super().loss(logits, more, images, labels)
+            scale, Feedback.last = Feedback.last, loss.item()
+            return loss * scale
+
+    assert cheat(monkeypatch, Feedback)[0].startswith("module 1 reads later modules' parameters")
+
+
 def test_the_audit_finds_a_moving_average_that_is_not_declared(monkeypatch):
     assert findings("--method", "man", "--num-modules", 3) == []
     monkeypatch.setattr(methods.MAN, "reads", "")
@@ -947,9 +988,9 @@ def test_audit_of_all(flags, tmp_path):
     assert not list(tmp_path.iterdir())
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("| ")][1:]
     modules = ["2", "4"] if flags[1] == 8 else ["2", "4", "8", "16"]
-    local = ["dgl", "predsim", "infopro", "infopro contrast", "auglocal", "man", "man-bias"]
+    local = ["dgl", "predsim", "infopro", "auglocal", "man", "man-bias", "infopro contrast"]
     assert [row[:2] for row in rows] == [["backprop", "1"], *([m, K] for m in ["checkpoint", *local] for K in modules)]
-    assert {row[2] for row in rows} == {"yes"}
+    assert [row[2] for row in rows] == ["one module" if row[0] in ("backprop", "checkpoint") else "yes" for row in rows]
     average = "next block's weights, into a moving average"
     assert [row[3] for row in rows] == [average if row[0].startswith("man") else "nothing" for row in rows]
 
@@ -959,7 +1000,7 @@ def test_a_failed_audit_ends_with_status_1(monkeypatch, capsys):
         def loss(self, logits, more, images, labels):
             return super().loss(logits, more, images, labels) + self.next_block[0].residual[0].weight.detach().mean()
 
-    monkeypatch.setattr(methods, "METHODS", {"dgl": methods.DGL, "peeks": Peeks})
+    monkeypatch.setattr(methods, "METHODS", {"dgl": methods.DGL, "infopro": methods.InfoPro, "peeks": Peeks})
     with pytest.raises(SystemExit) as stop:
         script.main(["--audit", "--depth", "8"])
     assert stop.value.code == "2 of these are not local"  # a text: status 1
@@ -986,6 +1027,7 @@ def test_a_failed_audit_ends_with_status_1(monkeypatch, capsys):
         (["--lambdas", 1, 2, 3, -1], ["--lambdas", "at least 0"]),
         (["--lr", 0], ["--lr", "above 0"]),
         (["--dgl-hidden", 4], ["--dgl-hidden", "2"]),
+        (["--method", "man", "--infopro-loss", "contrast"], ["--infopro-loss contrast", "infopro"]),
     ],
     ids=str,
 )
@@ -1045,6 +1087,8 @@ def test_a_method_of_one_s_own(my_method, tmp_path):
     text = run_it(*QUICK, *flags)
     assert len(re.findall(r"^n: \d, epoch 1, loss: \d+\.\d+, train top1:\d+\.\d+ test top1:\d+\.\d+$", text, re.M)) == 3
     assert log_of(tmp_path)[0]["method"] == name
+    (checkpoint,) = tmp_path.glob("*.pt")
+    refused(run(SCRIPT, "--resume", checkpoint, cwd=tmp_path), f"--method {name}", "script that has it")
 
 
 @slow
