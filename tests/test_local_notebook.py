@@ -70,7 +70,8 @@ def test_errors_memory_and_flops(texts, tmp_path, monkeypatch):
 
 
 def test_time_is_the_benchmarks_where_it_has_the_row(texts, tmp_path, monkeypatch):
-    write(texts, tmp_path)
+    batches = {name: re.sub(r'"batch_size": \d+', '"batch_size": 128', text) for name, text in texts.items()}
+    write(batches, tmp_path)
     (tmp_path / "20261126_benchmark.log").write_text(BENCHMARK.replace("200", "100"))
     (tmp_path / "20261127_benchmark.log").write_text(BENCHMARK)  # the newer one counts
     error, points = draw(tmp_path, monkeypatch)
