@@ -34,7 +34,8 @@ def parse_args(argv=None):
     add, choices = parser.add_argument, ["backprop", "checkpoint", *methods.METHODS]
     add("--method", choices=choices, default="dgl", help="local loss, or backprop without or with checkpointing")
     add("--depth", type=utils.at_least(8), default=32, help="layers of the ResNet: 6n+2; published: 32, 110")
-    add("--num-modules", type=utils.at_least(1), help="(default: with auglocal all layers, with backprop 1, else 4)")
+    help = "modules to cut the network into (default: with auglocal all layers, with backprop 1, else 4)"
+    add("--num-modules", type=utils.at_least(1), metavar="K", help=help)
     add("--balance", choices=["blocks", "memory"], default="blocks", help="memory: ResNet-110, 2 to 4 modules")
     add("--dgl-hidden", type=int, choices=[2, 3], default=2, help="dgl: hidden layers of the auxiliary network's mlp")
     add("--infopro-loss", choices=["softmax", "contrast"], default="softmax", help="infopro: what the head learns from")
