@@ -70,8 +70,7 @@ def reads_later(n, x, images, labels, train_module, parts):
 def audit(train_module, parts):
     """What is not local in a step of each module: a list of texts. `parts` is what make_parts returns."""
     model, found = parts[0].train(), []
-    device = next(model.parameters()).device
-    images, labels = torch.randn(IMAGES, 3, 32, 32, device=device), torch.arange(IMAGES, device=device) % 4
+    images, labels = torch.randn(IMAGES, 3, 32, 32), torch.arange(IMAGES) % 4
     x = images
     for n, local_loss in enumerate(model.auxiliary_nets):
         first, second = reads_later(n, x, images, labels, train_module, parts)

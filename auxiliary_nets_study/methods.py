@@ -144,6 +144,8 @@ class InfoPro(LocalLoss, name="infopro"):
         self.register_buffer("std", torch.tensor(STD).view(3, 1, 1), persistent=False)
 
     def forward(self, h):
+        if self.contrast and not self.training:
+            return None, None
         output, decoded = self.head(h), self.decoder(h) if self.training else None
         return None if self.contrast else output, (output, decoded)
 
@@ -229,8 +231,8 @@ def auglocal_layers(layer, num_layers, depth):
 class MAN(InfoPro, name="man"):
     """InfoPro, softmax, that reads copy(h) + ema(h) (momentum auxiliary network; Su et al., arXiv 2407.05623).
 
-    Both start as copies of the next module's first block. `copy` learns with the module; `ema` is
-    the moving average of that block's weights, which module-parallel training would have to send now and then.
+    Both start as copies of the next module's first block. `copy` learns with the module; `ema` is the
+    moving average of that block's weights, which module-parallel training would have to send now and then.
     """
 
     reads = "next block's weights, into a moving average"
