@@ -3,6 +3,7 @@
     python tests/benchmark.py            # all rows; a CPU may need half an hour
     python tests/benchmark.py --rows DGL "auxiliary_nets_study: ResNet" --threads 1
     python tests/benchmark.py --precision bf16 --cuda-graph    # on a GPU
+    python tests/benchmark.py --rows DGL --profile             # and which kernels the time goes into
 
 A row is the median over passes of the script's own train_epoch, data preparation included, at batch 128. GFLOP/s counts
 convolutions and matrix products (torch.utils.flop_counter); its share is of the largest rate at which this machine
@@ -267,7 +268,7 @@ def rows(args):
 
 
 def seconds(work, device, passes=PASSES):
-    """Median time of `work`, after one call to warm up."""
+    """Median time of `work`, after one call to warm up; with no passes, that call's."""
     times = []
     for _ in range(passes + 1):
         start = time.perf_counter()
@@ -275,7 +276,7 @@ def seconds(work, device, passes=PASSES):
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-    return statistics.median(times[1:])
+    return statistics.median(times[1:] or times)
 
 
 def switch_graphs(on):
@@ -312,6 +313,20 @@ def peak_memory(work, device):
     return max(itertools.accumulate(sizes), default=0) / 2**20
 
 
+def print_profile(name, work, device):
+    """Print which kernels (on a CPU: operations) the time of a pass goes into. In the rest, the GPU waits."""
+    cuda, pass_seconds = device.type == "cuda", seconds(work, device)
+    with torch.profiler.profile() as profiler:
+        seconds(work, device, passes=0)
+    kind = torch.autograd.DeviceType.CUDA if cuda else torch.autograd.DeviceType.CPU
+    events = [e for e in profiler.key_averages() if e.device_type == kind and not e.is_user_annotation]
+    spent = [(e.self_device_time_total if cuda else e.self_cpu_time_total, e.count, e.key) for e in events]
+    everything = sum(time for time, *_ in spent), sum(count for _, count, _ in spent), "all"
+    print(f"\n| {name} | calls | of the time |\n|---|---|---|")
+    for microseconds, count, kernel in [everything, *sorted(spent, reverse=True)[:10]]:
+        print(f"| {kernel[:100]} | {count} | {microseconds / pass_seconds / 1e4:.1f} % |")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=[""], help="only the rows whose name begins with one of these")
@@ -321,6 +336,7 @@ def main():
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="as the scripts'")
     parser.add_argument("--layout", choices=["channels_last", "contiguous"], default="channels_last")
     parser.add_argument("--cuda-graph", action="store_true", help="replay training steps, where the script can")
+    parser.add_argument("--profile", action="store_true", help="print a table of the kernels of each row, too")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
@@ -338,6 +354,8 @@ def main():
             memory = peak_memory(train, device)
             switch_graphs(args.cuda_graph)
             rate = images / seconds(train, device)
+            if args.profile:
+                print_profile(name, train, device)
             test_rate = f"{images / seconds(evaluate, device):.0f}" if evaluate else "-"
             peaks.append(matrix_product_rates(device, dtype))
             table.append((name, rate, test_rate, counter.get_total_flops() / images, memory))

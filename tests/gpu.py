@@ -71,6 +71,7 @@ TABLES = {  # and the minutes that each is expected to take
     "ddg_comparisons/memory.py": 0.4,
     "tests/benchmark.py --precision bf16": 2.5,
     "tests/benchmark.py --precision bf16 --cuda-graph": 2.5,
+    "tests/benchmark.py --profile --precision bf16 --cuda-graph --rows DGL 'auxiliary_nets_study: mlp-sr'": 0.3,
     **{f"tests/benchmark.py --rows {VGG} {flags}": 0.3 for flags in LAYOUTS},
     f"{ME} worker largest_batches 0": 1.5,  # the whole GPU
 }
@@ -259,7 +260,7 @@ def few_steps(args, command):
 
 def tables(args):
     tiny = {
-        "benchmark": "--rows forward --batches 1 --no-cuda",
+        "benchmark": "--rows forward --batches 1 --no-cuda --profile",
         "memory": "--depth 14 --num_splits 2 --no-cuda",
         "largest": "resnet18 32 --no-cuda",
     }
