@@ -26,6 +26,7 @@ COMMON_NAMES = ("audit", "cifar", "cifar_dgl", "costs", "dni", "machines", "meth
 
 def pytest_configure():
     matplotlib.use("Agg")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background, the scripts would ignore it
     torch.set_num_threads(1)  # as the runs that are compared to the bit
 
 

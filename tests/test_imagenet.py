@@ -425,7 +425,7 @@ def test_a_full_shared_memory_ends_in_one_line(tree, tmp_path):
     assert time.monotonic() - begin < 60
     (message,) = (tmp_path / "errors").read_text().splitlines()
     assert message.startswith("A process that loads images has failed: ")
-    assert "No space left on device" in message
+    assert re.search("No space left on device|unable to allocate shared memory", message)  # torch 2.11: the second
     assert "fewer workers, -j" in message
 
 
