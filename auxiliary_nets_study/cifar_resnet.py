@@ -63,8 +63,10 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.method not in choices:  # from a checkpoint
         parser.error(f"--method {args.method} is not defined here: resume with the script that has it")
-    if args.infopro_loss == "contrast" and args.method != "infopro":
-        parser.error("--infopro-loss contrast is of --method infopro alone")
+    others = {flag for method in methods.METHODS.values() for flag in method.flags}
+    for flag in others.difference(getattr(methods.METHODS.get(args.method), "flags", [])):
+        if getattr(args, flag) != parser.get_default(flag) and not args.audit:
+            parser.error(f"--{flag.replace('_', '-')} has no effect on --method {args.method}")
     args.lr = args.lr or 0.8 * args.batch_size / 1024
     args.warmup = args.epochs // 16 if args.warmup is None else args.warmup
     try:

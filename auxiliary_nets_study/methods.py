@@ -48,6 +48,7 @@ class Place:
 class LocalLoss(nn.Module):
     """The auxiliary network of a module, and its loss. It is made from a Place and the script's flags."""
 
+    flags = ()  # names of those that it reads and some other method does not, which refuses them
     reads = ""  # what it takes from other modules' parameters, for the audit: nothing
 
     def __init_subclass__(cls, name=None):
@@ -82,6 +83,8 @@ class DGL(LocalLoss, name="dgl"):
 
     Two, as AugLocal's authors (arXiv 2402.17318) compare with it; published by DGL's: three.
     """
+
+    flags = ("dgl_hidden",)
 
     def __init__(self, place, args):
         super().__init__()
@@ -123,6 +126,8 @@ class InfoPro(LocalLoss, name="infopro"):
     The decoder must restore the image, so that a module keeps what later ones may need. The weights go linearly from
     the first to the last but one module; see `loss_weights`.
     """
+
+    flags = ("infopro_loss", "lambdas")
 
     def __init__(self, place, args, channels=None):
         super().__init__()
@@ -198,6 +203,8 @@ class AugLocal(LocalLoss, name="auglocal"):
     those after the module's last layer.
     """
 
+    flags = ("auglocal_depth",)
+
     def __init__(self, place, args):
         super().__init__()
         channels, halvings, net = place.channels, 0, []
@@ -235,6 +242,7 @@ class MAN(InfoPro, name="man"):
     moving average of that block's weights, which module-parallel training would have to send now and then.
     """
 
+    flags = ("lambdas",)
     reads = "next block's weights, into a moving average"
 
     def __init__(self, place, args):

@@ -28,6 +28,7 @@ import utils
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tqdm import tqdm
 
 import models
 import parallel
@@ -152,7 +153,8 @@ def work(rank, args, folder, results):
             subprocess.run(["tc", "qdisc", "del", "dev", DEVICE, "root"], capture_output=True)  # if there is one
         if rate != "none":
             do(f"tc qdisc add dev {DEVICE} root {limit(rate)}")
-        for _, method in itertools.product(range(args.rounds), args.methods):
+        turns = [*itertools.product(range(args.rounds), args.methods)]
+        for _, method in tqdm(turns, f"link {rate}", disable=True if rank else None, leave=False):
             rates.setdefault((rate, method), []).append(here.images_per_second(method, modules[method]))
     dist.destroy_process_group()
     if rank == here.last:

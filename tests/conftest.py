@@ -124,7 +124,7 @@ def torchrun(*command, cwd, size=2, restarts=0, timeout=300, **environment):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        process_group=0,
+        start_new_session=True,
     )
     try:
         out, err = process.communicate(timeout=timeout)
@@ -215,6 +215,24 @@ def image_folder(tmp_path_factory):
         folder.mkdir(parents=True, exist_ok=True)
         image = Image.fromarray((pixels * 15).astype("uint8")).resize((32, 32)).convert("RGB")
         image.save(folder / f"{i:02}.{'png' if i % 2 else 'jpg'}")
+    return root
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    """For imagenet_dgl: 27 training and 10 validation images of 2 classes, 36x36 pixels."""
+    return make_tree(tmp_path_factory.mktemp("tree"), {"train": 27, "val": 10}, (36, 36), "png")
+
+
+def make_tree(root, counts, size, suffix):
+    """An image folder of noise in 2 classes, one light, one dark; `counts` images in each part."""
+    generator = torch.Generator().manual_seed(0)
+    for part, count in counts.items():
+        for i in range(count):
+            folder = root / part / f"class{i % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            pixels = torch.randint(128, (5, 5, 3), generator=generator) + 120 * (i % 2)
+            Image.fromarray(pixels.byte().numpy()).resize(size).save(folder / f"{i:02}.{suffix}")
     return root
 
 

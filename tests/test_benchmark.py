@@ -325,7 +325,9 @@ def test_benchmark_over_links(tmp_path):
 def test_no_rank_is_left(end, tmp_path):
     command = [sys.executable, ROOT / "imagenet_dgl/benchmark.py", "--ways", "parallel", "--picture", "none.png"]
     quiet = {**os.environ, "PYTHONWARNINGS": "ignore"}  # torch 2.11's profiler warns
-    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, process_group=0, env=quiet)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, stderr=subprocess.PIPE, text=True, start_new_session=True, env=quiet
+    )
     time.sleep(20)
     assert process.poll() is None
     os.kill(process.pid, end)

@@ -1027,7 +1027,10 @@ def test_a_failed_audit_ends_with_status_1(monkeypatch, capsys):
         (["--lambdas", 1, 2, 3, -1], ["--lambdas", "at least 0"]),
         (["--lr", 0], ["--lr", "above 0"]),
         (["--dgl-hidden", 4], ["--dgl-hidden", "2"]),
-        (["--method", "man", "--infopro-loss", "contrast"], ["--infopro-loss contrast", "infopro"]),
+        (["--method", "man", "--infopro-loss", "contrast"], ["--infopro-loss has no effect on --method man"]),
+        (["--lambdas", 1, 2, 3, 4], ["--lambdas has no effect on --method dgl"]),
+        (["--method", "checkpoint", "--dgl-hidden", 3], ["--dgl-hidden has no effect on --method checkpoint"]),
+        (["--method", "backprop", "--auglocal-depth", 1], ["--auglocal-depth has no effect on --method backprop"]),
     ],
     ids=str,
 )

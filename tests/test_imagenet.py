@@ -23,7 +23,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from conftest import ROOT, assert_same, checkpoint_of, copy_tree, forked, load, run, torchrun
+from conftest import ROOT, assert_same, checkpoint_of, copy_tree, forked, load, make_tree, run, torchrun
 from forked_ranks import fork_ranks, run_ranks
 from PIL import Image
 from sklearn.datasets import load_digits
@@ -50,16 +50,7 @@ both = pytest.mark.parametrize("script", SCRIPTS)
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory):
     """14 training and 5 validation images of 2 classes, one light, one dark; 40x44 pixels."""
-    root = tmp_path_factory.mktemp("tree")
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 14), ("val", 5)):
-        for i in range(count):
-            folder = root / split / f"class{i % 2}"
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = torch.randint(128, (5, 5, 3), generator=generator) + 120 * (i % 2)
-            image = Image.fromarray(pixels.byte().numpy()).resize((40, 44))
-            image.save(folder / f"{i:02}.jpg")
-    return root
+    return make_tree(tmp_path_factory.mktemp("tree"), {"train": 14, "val": 5}, (40, 44), "jpg")
 
 
 def call(script, *flags, cwd):

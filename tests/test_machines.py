@@ -19,7 +19,6 @@ import pytest
 import torch
 from conftest import ROOT, assert_same, checkpoint_of, load, log_of, run
 from forked_ranks import fork_ranks
-from PIL import Image
 
 load("imagenet_dgl", "imagenet_dgl")
 ranks = sys.modules["ranks"]
@@ -114,20 +113,6 @@ def machines():
         for machine in pair:
             machine.plug()
         yield pair
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """27 training and 10 validation images of 2 classes."""
-    root = tmp_path_factory.mktemp("tree")
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 27), ("val", 10)):
-        for i in range(count):
-            folder = root / split / f"class{i % 2}"
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = torch.randint(128, (5, 5, 3), generator=generator) + 120 * (i % 2)
-            Image.fromarray(pixels.byte().numpy()).resize((36, 36)).save(folder / f"{i:02}.png")
-    return root
 
 
 def until(condition, seconds=100):

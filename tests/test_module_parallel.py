@@ -12,7 +12,6 @@ import pytest
 import torch
 from conftest import ROOT, assert_same, checkpoint_of, load, run
 from forked_ranks import fork_ranks, run_ranks
-from PIL import Image
 
 load("imagenet_dgl", "imagenet_dgl")
 data, ranks, training, module_parallel = (sys.modules[n] for n in ("data", "ranks", "training", "module_parallel"))
@@ -20,20 +19,6 @@ data, ranks, training, module_parallel = (sys.modules[n] for n in ("data", "rank
 SCRIPT = "imagenet_dgl/imagenet_dgl.py"
 # Four whole batches and one of three images; a network with dropout
 SMALL = ["-j", 0, "-b", 6, "--image-size", 32, "--lr", 0.01, "--threads", 1, "--arch", "squeezenet1_1", "-p", 0]
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory):
-    """27 training and 10 validation images of 2 classes, one light, one dark."""
-    root = tmp_path_factory.mktemp("tree")
-    generator = torch.Generator().manual_seed(0)
-    for split, count in (("train", 27), ("val", 10)):
-        for i in range(count):
-            folder = root / split / f"class{i % 2}"
-            folder.mkdir(parents=True, exist_ok=True)
-            pixels = torch.randint(128, (5, 5, 3), generator=generator) + 120 * (i % 2)
-            Image.fromarray(pixels.byte().numpy()).resize((36, 36)).save(folder / f"{i:02}.png")
-    return root
 
 
 def train(count, tree, *flags, cwd):
