@@ -19,6 +19,7 @@ import itertools
 import statistics
 import sys
 import time
+import traceback
 
 import torch
 import torch.nn.functional as F
@@ -147,7 +148,8 @@ def learning_curves(args):
     # Last, because it changes the memory format. A graph's would stay as it was.
     if args.cuda_graph:
         return
-    c.model.to(memory_format=torch.contiguous_format)
+    c.use_default_layout()
+    c.network(c.model)
     pil = PILImages(c.test.images.cpu())
     loader = DataLoader(pil, BATCH, shuffle=True, num_workers=4, persistent_workers=True)
 
@@ -231,18 +233,17 @@ def ddg_comparisons(args):
 
 def buffer_experiments(args):
     """A row of 128 images is a step of each of the six layers. The buffers' own cost is a row of its own."""
+    endless = ["--seed", "0", "--buffer", "2", "--layer-sequence", "sequential", "--nepochs", "999"]
     for name, flags in (("", []), (", --quantize 8,256", ["--quantize", "8,256"])):
-        c = Context("buffer_experiments", "cifar_buffer", args, ["--seed", "0", "--buffer", "2", *flags])
+        c = Context("buffer_experiments", "cifar_buffer", args, [*endless, "--epochdecay", "999", *flags])
         c.model = c.utils.to_device(c.script.make_network(c.args, 10), c.args, c.device)
-        simulation = c.script.Simulation(c.args, c.model, c.train, c.device)
+        simulation, epochs = c.script.Simulation(c.args, c.model, c.train, c.device), itertools.count(1)
         outputs = [torch.randn(BATCH, *shape, device=c.device) for shape in c.model.shapes[:-1]]
         outputs = [x.to(memory_format=torch.channels_last) for x in outputs]
         labels = torch.zeros(BATCH, dtype=torch.long, device=c.device)
 
-        def turns(c=c, simulation=simulation):
-            for _ in range(len(c.train)):
-                for n in range(len(c.model.blocks)):
-                    simulation.turn(n)
+        def turns(c=c, simulation=simulation, epochs=epochs):
+            c.script.train_epoch(simulation, next(epochs))
 
         def buffers(c=c, simulation=simulation, outputs=outputs, labels=labels):
             for _ in range(len(c.train)):
@@ -259,12 +260,11 @@ def buffer_experiments(args):
 
 
 def rows(args):
-    """(name, one training pass, one evaluation pass or None) of every script, over --batches batches."""
-    yield from learning_curves(args)
-    yield from dni_comparisons(args)
-    yield from auxiliary_nets_study(args)
-    yield from ddg_comparisons(args)
-    yield from buffer_experiments(args)
+    """(name, one training pass, one evaluation pass or None) of each of --rows, over --batches batches."""
+    for folder in (learning_curves, dni_comparisons, auxiliary_nets_study, ddg_comparisons, buffer_experiments):
+        prefix = "" if folder is learning_curves else f"{folder.__name__}: "
+        if any(prefix.startswith(name) or name.startswith(prefix) for name in args.rows):
+            yield from (row for row in folder(args) if row[0].startswith(tuple(args.rows)))
 
 
 def seconds(work, device, passes=PASSES):
@@ -287,16 +287,16 @@ def switch_graphs(on):
 
 
 def matrix_product_rates(device, dtype):
-    """FLOP/s of the product of two large matrices, best of 10: by torch.mm, and by a 1x1 convolution.
+    """FLOP/s of the product of two large matrices, best of 10 (GPU: 3): by torch.mm, and by a 1x1 convolution.
 
     The first is the BLAS's rate, the second, the convolutions' library's, may be twice that (MKL on AMD processors).
     """
-    size = 8192 if device.type == "cuda" else 2048
+    size, best_of = (8192, 3) if device.type == "cuda" else (2048, 10)
     matrix = torch.randn(size, size, device=device, dtype=dtype)
     image = matrix.view(1, size, size // 32, 32).to(memory_format=torch.channels_last)
     weight = matrix.view(size, size, 1, 1).to(memory_format=torch.channels_last)
     works = (lambda: torch.mm(matrix, matrix)), (lambda: F.conv2d(image, weight))
-    return [2 * size**3 / min(seconds(work, device, 1) for _ in range(10)) for work in works]
+    return [2 * size**3 / min(seconds(work, device, 1) for _ in range(best_of)) for work in works]
 
 
 def peak_memory(work, device):
@@ -327,7 +327,7 @@ def print_profile(name, work, device):
         print(f"| {kernel[:100]} | {count} | {microseconds / pass_seconds / 1e4:.1f} % |")
 
 
-def main():
+def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", nargs="+", default=[""], help="only the rows whose name begins with one of these")
     parser.add_argument("--batches", type=int, default=8, help="in a pass")
@@ -337,26 +337,29 @@ def main():
     parser.add_argument("--layout", choices=["channels_last", "contiguous"], default="channels_last")
     parser.add_argument("--cuda-graph", action="store_true", help="replay training steps, where the script can")
     parser.add_argument("--profile", action="store_true", help="print a table of the kernels of each row, too")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device("cuda" if torch.cuda.is_available() and not args.no_cuda else "cpu")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(args.precision, torch.float32)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    peaks, table, images = [matrix_product_rates(device, dtype)], [], BATCH * args.batches
+    peaks, table, failed, images = [matrix_product_rates(device, dtype)], [], 0, BATCH * args.batches
     with contextlib.suppress(KeyboardInterrupt):  # the table then has the rows up to here
         for name, train, evaluate in rows(args):
-            if not name.startswith(tuple(args.rows)):
+            try:
+                switch_graphs(False)  # a replay shows neither its FLOPs nor its memory
+                with FlopCounterMode(display=False) as counter:
+                    train()
+                memory = peak_memory(train, device)
+                switch_graphs(args.cuda_graph)
+                rate = images / seconds(train, device)
+                if args.profile:
+                    print_profile(name, train, device)
+                test_rate = f"{images / seconds(evaluate, device):.0f}" if evaluate else "-"
+            except Exception:  # of one row: the others are measured
+                traceback.print_exc()
+                failed += 1
                 continue
-            switch_graphs(False)  # a replay shows neither its FLOPs nor its memory
-            with FlopCounterMode(display=False) as counter:
-                train()
-            memory = peak_memory(train, device)
-            switch_graphs(args.cuda_graph)
-            rate = images / seconds(train, device)
-            if args.profile:
-                print_profile(name, train, device)
-            test_rate = f"{images / seconds(evaluate, device):.0f}" if evaluate else "-"
             peaks.append(matrix_product_rates(device, dtype))
             table.append((name, rate, test_rate, counter.get_total_flops() / images, memory))
             print(f"{name}: {rate:.0f} images/s", file=sys.stderr)
@@ -371,7 +374,8 @@ def main():
         speed = rate * flops
         shares = f"{speed / 1e9:.0f} | {100 * speed / mm:.0f} % | {100 * speed / conv:.0f} %"
         print(f"| {name} | {rate:.0f} | {test_rate} | {flops / 1e6:.0f} | {shares} | {memory:.0f} |")
+    return f"{failed} rows have failed" if failed else None
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -2,7 +2,7 @@
 
     python tests/gpu.py --list                                            # what would run, with its expected minutes
     python tests/gpu.py --minutes 4 --archive back/1.tar.gz --stage tests commands
-    python tests/gpu.py --minutes 8 --archive back/2.tar.gz --stage tables runs --cuda-graph --data cifar10-jpeg.tar.xz
+    python tests/gpu.py --minutes 7 --archive back/2.tar.gz --stage tables runs --cuda-graph --data cifar10-jpeg.tar.xz
     python tests/gpu.py --rehearse --out rehearsal                        # the same on a CPU, with everything tiny
 
 tests: `pytest -m cuda`. commands: every published command for a few steps, in all precisions. tables: speed and memory,
@@ -49,7 +49,8 @@ CIFAR_COMMANDS = [  # the READMEs' published commands
     f"{BUFFER}_buffer.py --seed 0 --buffer 30 --noise 0.1 --layer_noise 3",
     *(f"{RESNET} --method {m}" for m in ("dgl", "infopro --infopro-loss contrast", "checkpoint", "man")),
 ]
-SIX_PROCESSES = f"-m torch.distributed.run --standalone --nproc_per_node=6 {BUFFER}_async.py --buffer 30 --seed 0"
+TORCHRUN = "-m torch.distributed.run --standalone --local-addr 127.0.0.1"  # the host's name may have no address
+SIX_PROCESSES = f"{TORCHRUN} --nproc_per_node=6 {BUFFER}_async.py --buffer 30 --seed 0"
 IMAGENET_COMMANDS = [
     *(f"{IMAGENET}{script}.py --arch resnet152" for script in ("_dgl", "")),
     *(f"{IMAGENET}_dgl.py --arch vgg{n} --block_size {size}" for n, size in ((13, 1), (13, 3), (19, 4), (19, 8))),
@@ -65,13 +66,13 @@ PRECISIONS = {  # the flags of each; what a script refuses is said in the table
 }
 LAYOUTS = [f"--precision {p} --layout {layout}" for p in ("tf32", "bf16") for layout in ("channels_last", "contiguous")]
 VGG = "'auxiliary_nets_study: mlp' 'auxiliary_nets_study: cnn'"
-TABLES = {  # and the minutes that each is expected to take
-    "tests/benchmark.py": 2.5,
-    f"{ME} worker largest_batches 16": 1.2,  # GiB, as the published GPU had
+TABLES = {  # most wanted first, and the minutes that each is expected to take
+    "tests/benchmark.py --profile --precision bf16 --cuda-graph --rows DGL 'auxiliary_nets_study: mlp-sr'": 0.4,
     "ddg_comparisons/memory.py": 0.4,
-    "tests/benchmark.py --precision bf16": 2.5,
-    "tests/benchmark.py --precision bf16 --cuda-graph": 2.5,
-    "tests/benchmark.py --profile --precision bf16 --cuda-graph --rows DGL 'auxiliary_nets_study: mlp-sr'": 0.3,
+    "tests/benchmark.py --precision bf16 --cuda-graph": 2,
+    "tests/benchmark.py": 2,
+    f"{ME} worker largest_batches 16": 1.2,  # GiB, as the published GPU had
+    "tests/benchmark.py --precision bf16": 2,
     **{f"tests/benchmark.py --rows {VGG} {flags}": 0.3 for flags in LAYOUTS},
     f"{ME} worker largest_batches 0": 1.5,  # the whole GPU
 }
@@ -109,7 +110,7 @@ RUNS = [  # most wanted first: passes over CIFAR-10, GFLOP of an image, ms to la
     (50, 2.6, 7, f"{BUFFERS} 50 --name gpu-m50"),
     *((50, 2.6, 7, f"{BUFFERS} 50 --layer_noise 3 --noise {n} --name gpu-slow{times}") for times, n in SLOW.items()),
     (50, 2.6, 7, f"{BUFFERS} 1 --name gpu-m1"),
-    *((50, 2.6, 12, f"{BUFFERS} 50 --quantize {G},256 --name gpu-quantize{G}x256") for G in (8, 32)),
+    *((50, 2.6, 2 * G, f"{BUFFERS} 50 --quantize {G},256 --name gpu-quantize{G}x256") for G in (8, 32)),
     *((40, 0.77, 14, f"{DDG}_{m}.py --epochs 40 --drops 20 30 --name gpu-k2") for m in ("backprop", "dgl", "ddg")),
     (40, 0.77, 16, f"{DDG}_features_replay.py --epochs 40 --drops 20 30 --name gpu-k2"),
     *(
@@ -169,10 +170,11 @@ def execute(job, out, end):
         options = {"env": os.environ | environment, "stdout": log, "stderr": log, "stdin": subprocess.DEVNULL}
         process = subprocess.Popen([sys.executable, *job.command], cwd=cwd, start_new_session=True, **options)
         children = []
+        patience = 180 * job.minutes + 30 if job.minutes else end - begin  # one that hangs may not keep the others
         try:
-            job.status = process.wait(end - begin)
+            job.status = process.wait(min(end - begin, patience))
         except subprocess.TimeoutExpired:
-            job.status = "stopped: no time left"
+            job.status = "stopped: took too long" if time.monotonic() < end else "stopped: no time left"
             children = psutil.Process(process.pid).children(recursive=True)  # torchrun's have sessions of their own
             process.send_signal(signal.SIGINT)
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -222,7 +224,7 @@ def tests(args):
     flags = [] if args.rehearse else ["--numprocesses", "8", "--dist", "worksteal"]
     files = ["tests/test_learning_curves.py"] if args.rehearse else ["tests"]
     command = ["-m", "pytest", "-v", "-rfE", "--tb=short", "-m", "cuda", "--durations=10", *flags, *files]
-    yield 1, [Job("tests", "pytest -m cuda", command, 2)]
+    yield 1, [Job("tests", "pytest -m cuda", command, 1)]
 
 
 def commands(args):
@@ -230,10 +232,12 @@ def commands(args):
     first, more = (["bf16"], []) if args.rehearse else (["fp32", "fp16", "bf16", "graph"], ["compile"])
     flags = [*few_steps(args, SIX_PROCESSES), "--save_folder", str(args.out / "commands")]
     sixfold = Job("commands", SIX_PROCESSES, [*shlex.split(SIX_PROCESSES), *flags], 0.5)
-    yield args.jobs, [*measured(args, "commands", small, first), *([] if args.rehearse else [sixfold])]
+    compiled = [] if args.rehearse else [f"{LEARNING}_dgl.py", f"{DDG}_backprop.py"]
+    early = [*measured(args, "commands", small, first), *([] if args.rehearse else [sixfold])]
+    yield args.jobs, [*early, *measured(args, "commands", compiled, more)]
     yield 1, [*measured(args, "commands", large, ["bf16"])]
     yield 1, [*measured(args, "commands", large, ["fp32"])]
-    yield args.jobs, [*measured(args, "commands", small, more)]
+    yield args.jobs, [*measured(args, "commands", [c for c in small if c not in compiled], more)]
 
 
 def measured(args, stage, commands, precisions, steps=4):
@@ -241,7 +245,8 @@ def measured(args, stage, commands, precisions, steps=4):
     for command in commands if precisions else []:
         steps = 1 if args.rehearse else steps
         worker = [ME, "worker", "measure", ",".join(precisions), f"{steps}", *shlex.split(command)]
-        name, minutes = f"{command} {','.join(precisions)}", 0.1 + 0.15 * len(precisions)
+        minutes = 1 if precisions == ["compile"] else 0.5 if IMAGENET in command else 0.1 + 0.15 * len(precisions)
+        name = f"{command} {','.join(precisions)}"
         yield Job(stage, name, [*worker, *few_steps(args, command)], minutes)
 
 
@@ -250,7 +255,7 @@ def few_steps(args, command):
     if IMAGENET in command:
         tiny, flags = "-b 4 --image-size 32 --nepochs 1 --arch resnet18", "--dummy --debug 1 --nepochs 2 -p 0"
     else:
-        flags = "--data digits --epochs 3"  # in the first are cuDNN's benchmark, warm-up and capture
+        flags = "--data digits --train-size 1280 --epochs 3"  # in the first: cuDNN's benchmark, warm-up and capture
         flags += " --batch-size 128" * (RESNET in command)  # of 1024, digits have too few
         tiny = "--train-size 40 --batch-size 16"
         tiny += " --depth 8" * (RESNET in command) + " --num-modules 3" * ("--num-modules" in command)
@@ -260,33 +265,35 @@ def few_steps(args, command):
 
 def tables(args):
     tiny = {
-        "benchmark": "--rows forward --batches 1 --no-cuda --profile",
-        "memory": "--depth 14 --num_splits 2 --no-cuda",
-        "largest": "resnet18 32 --no-cuda",
+        "benchmark.py": "--rows forward --batches 1 --no-cuda --profile",
+        "memory.py": "--depth 14 --num_splits 2 --no-cuda",
+        "batches 16": "resnet18 32 --no-cuda",
     }
     jobs = []
-    for command, minutes in list(TABLES.items())[: 3 if args.rehearse else None]:
-        flags = next((flags for name, flags in tiny.items() if args.rehearse and name in command), "")
-        jobs.append(Job("tables", command.replace(ME, ""), [*shlex.split(command), *flags.split()], minutes))
+    for command, minutes in TABLES.items():
+        flags = next((flags for name, flags in tiny.items() if args.rehearse and command.endswith(name)), "")
+        if flags or not args.rehearse:
+            jobs.append(Job("tables", command.replace(ME, ""), [*shlex.split(command), *flags.split()], minutes))
     published = measured(args, "tables", IMAGENET_COMMANDS[: 1 if args.rehearse else None], ["half"], 12)
-    yield 1, [jobs[0], *published, *jobs[1:]]
+    yield 1, [*jobs[:3], *published, *jobs[3:]]
 
 
 def runs(args):
-    """Full-length runs. Of those side by side, half are expected to compute at a time."""
-    jobs = []
+    """Full-length runs. Of those side by side, half are expected to compute at a time, with graphs all of two."""
+    jobs, size = [], 2 if args.cuda_graph else args.jobs
     for passes, gflop, ms, command in [RUNS[0], RUNS[9], RUNS[-1]] if args.rehearse else RUNS:
         rate = 120e3 if "bf16" in command else 30e3  # GFLOP/s, cautious for an H100
-        graph = args.cuda_graph and "_ddg.py" not in command and "_replay.py" not in command  # which are eager
-        compute = 50_000 * gflop / rate * max(1, args.jobs / 2)
-        launch = 50_000 / 128 * (0.5 if graph else ms) / 1000
+        # DDG and FR are eager, and a new learning rate is a new capture: in cifar_resnet.py, in every epoch
+        graph = args.cuda_graph and not re.search("_(ddg|features_replay|resnet).py", command)
+        compute = 50_000 * gflop / rate * (size if graph else max(1, size / 2))
+        launch = 50_000 / 128 * (ms / 2 * size if graph else ms) / 1000
         minutes = (15 + 1.1 * passes * max(compute, launch)) / 60  # 15 s to begin; a tenth for evaluation
         flags = few_steps(args, command) if args.rehearse else ["--data", f"{args.tree}"]
         flags += ["--save_folder", "runs", *(["--cuda-graph"] if graph else [])]
         worker = [ME, "worker", "train", *shlex.split(command), *flags]
         if not committed(command):
             jobs.append(Job("runs", command, worker, minutes))
-    yield args.jobs, jobs
+    yield size, jobs
 
 
 def committed(command):
@@ -349,6 +356,8 @@ def measure(precisions, steps, script, *flags):
             yield batch
 
     def timed(*arguments, **options):
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()  # the search for the fastest kernels, in the first pass, needs more
         begin = time.perf_counter()
         passes.append([0, 0.0])
         train_epoch(*arguments, **options)
@@ -376,7 +385,9 @@ def measure(precisions, steps, script, *flags):
             while error.__context__:  # a capture that fails ends with another error
                 error = error.__context__
             status = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
-        (images, seconds), memory = passes[-1], torch.cuda.max_memory_allocated() / 2**20 if cuda else 0
+        # A replay allocates nothing
+        memory = torch.cuda.max_memory_allocated() / 2**20 if cuda and precision != "graph" else 0
+        images, seconds = passes[-1]
         row = {"precision": precision, "status": status, "images/s": round(images / seconds) if seconds else 0}
         print("row:", json.dumps(row | {"peak MiB": round(memory)}), flush=True)
 
@@ -394,7 +405,7 @@ def largest_batches(gib, arch="resnet152", pixels="224", *flags):
 
     cuda = not flags  # in a rehearsal, an image is said to need 128 MiB
     free, total = torch.cuda.mem_get_info() if cuda else (2**34, 2**34)
-    limit = int(gib) * 2**30 or free
+    limit = int(gib) * 2**30 or free - 2**30  # kernels need some that torch does not count
     if cuda:
         torch.cuda.set_per_process_memory_fraction(limit / total)
     print(f"{arch}, {pixels} pixels, fp16, {limit / 2**30:.1f} GiB, without cuDNN's benchmark\n")
@@ -447,7 +458,7 @@ def peak_of(way, flags, cuda, limit):
                 script.train_epoch(modules, optimizers, scalers, autocast, batches, meters)
             else:
                 script.train_epoch(model, optimizers[0], scalers[0], autocast, batches, meters[0])
-        except torch.OutOfMemoryError:
+        except RuntimeError:  # torch.OutOfMemoryError, or a library that found no memory for its kernels
             model.zero_grad()
             return None
         used = torch.cuda.max_memory_allocated() if cuda else size * 2**27
@@ -491,6 +502,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     args.out, args.data, args.tree = args.out.resolve(), args.data and args.data.resolve(), args.data
     args.archive = (args.archive or args.out / "logs.tar.gz").resolve()
+    if args.data and not args.data.exists():
+        parser.error(f"--data {args.data}: no such file or folder")
     if "runs" in args.stage and not (args.data or args.list or args.rehearse):
         parser.error("the runs need --data CIFAR10; without it, name the other stages with --stage")
     return args

@@ -131,9 +131,35 @@ def test_list(capsys):
 
 
 def test_mistakes(capsys):
-    with pytest.raises(SystemExit):
-        gpu.main(["--stage", "runs"])
-    assert "--data" in capsys.readouterr().err
+    for flags, said in ((["--stage", "runs"], "--data CIFAR10"), (["--data", "nowhere"], "nowhere: no such file")):
+        with pytest.raises(SystemExit):
+            gpu.main(flags)
+        assert said in capsys.readouterr().err
+
+
+def test_what_is_tried_on_a_lent_machine_comes_first(tmp_path):
+    """With graphs, each run keeps the GPU busy: two at a time, and none of a script whose rate changes every epoch."""
+    args = gpu.parse_args(["--stage", "runs", "--cuda-graph", "--data", str(tmp_path)])
+    ((size, jobs),) = gpu.runs(args)
+    assert size == 2
+    assert jobs[0].command[-1] == "--cuda-graph" and jobs[-1].command[-1] != "--cuda-graph"
+    assert jobs[0].minutes < 2.5
+    expected = [job.minutes for _, jobs in gpu.tables(args) for job in jobs]
+    assert max(expected[:2]) < 0.5 and sum(expected[:3]) < 3
+
+
+@pytest.mark.slow
+def test_every_row_of_the_benchmark(monkeypatch, capsys):
+    benchmark = load("tests", "benchmark")
+    monkeypatch.setattr(benchmark, "BATCH", 2)
+    monkeypatch.setattr(benchmark, "PASSES", 1)
+    monkeypatch.setattr(benchmark, "peak_memory", lambda *_: 0)
+    monkeypatch.setattr(benchmark, "matrix_product_rates", lambda *_: [1e9, 1e9])
+    assert not benchmark.main(["--batches", "2", "--no-cuda", "--threads", "1"])
+    out, err = capsys.readouterr()
+    assert "Traceback" not in err
+    measured = {line.split(" | ")[0] for line in out.splitlines() if line.count(" % |") == 2}
+    assert len(measured) == 42
 
 
 @pytest.mark.slow
