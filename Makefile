@@ -1,7 +1,6 @@
 # make demo | test | test-slow | lint | utils: see README.md. With PYTHON=python3 they use that environment as it is, not .venv.
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
-FROM := learning_curves
 SHARED := utils.py cifar.py machines.py
 COPIES := $(wildcard $(addprefix */,$(SHARED)))
 ifeq ($(PYTHON),.venv/bin/python)
@@ -11,7 +10,7 @@ endif
 .PHONY: demo parallel sequential test test-slow lint utils
 
 demo: $(ENVIRONMENT)
-	@echo "Parallel DGL and sequential greedy training, side by side: about a minute on two cores."
+	@echo "Parallel DGL and sequential greedy training, side by side."
 	@rm -rf demo
 	@$(MAKE) --no-print-directory --jobs 2 parallel sequential
 	@PARALLEL_LOG="$$(echo "$$PWD"/demo/*cifar_dgl-demo.log)" PICTURE="$$PWD/demo/learning_curves.png" \
@@ -37,7 +36,8 @@ lint: $(ENVIRONMENT)
 	$(PYTHON) -m ruff check
 	$(PYTHON) -m ruff format --check
 
-utils:  # $(SHARED), from the folder that has the new version: make utils FROM=learning_curves
+utils:  # $(SHARED), from the folder that has the new version
+	$(if $(FROM),,$(error which folder has the new version? For example: make utils FROM=learning_curves))
 	for new in $(wildcard $(addprefix $(FROM:/=)/,$(SHARED))); do \
 	for copy in $(filter-out $(FROM:/=)/%,$(COPIES)); do \
 	if [ $$(basename $$copy) = $$(basename $$new) ]; then cp $$new $$copy || exit 1; fi; done; done

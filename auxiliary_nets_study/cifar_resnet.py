@@ -168,7 +168,7 @@ def evaluate(model, autocast, batches):
 
 
 def make_parts(args, num_classes, device):
-    """(network, optimizers, scalers, autocast, meters): all but the first have one for each module."""
+    """(network, optimizers, scalers, autocast, meters): an optimizer, a scaler and a meter for each module."""
     model = utils.to_device(Network(num_classes, args), args, device)
     modules = zip(model.blocks, model.auxiliary_nets)
     optimizers = [cifar.sgd(module, lr=args.lr, weight_decay=1e-4, nesterov=True) for module in modules]

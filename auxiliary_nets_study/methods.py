@@ -132,7 +132,7 @@ class InfoPro(LocalLoss, name="infopro"):
     def __init__(self, place, args, channels=None):
         super().__init__()
         C = channels or place.channels
-        width, side, self.contrast = min(2 * C, 64), 32 * 16 // C, is_contrast(args)
+        width, side, self.contrast = min(2 * C, 64), 32 * 16 // C, args.infopro_loss == "contrast"
         self.head = nn.Sequential(
             *(convolution(C, width, stride=width // C), nn.BatchNorm2d(width), nn.ReLU(inplace=True)),
             *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 128), nn.ReLU(inplace=True)),
@@ -162,10 +162,6 @@ class InfoPro(LocalLoss, name="infopro"):
         return self.weights[0] * reconstruction + self.weights[1] * prediction
 
 
-def is_contrast(args):
-    return args.method == "infopro" and args.infopro_loss == "contrast"
-
-
 def contrastive_loss(z, labels, temperature=0.07):
     """Supervised contrastive loss (Khosla et al., arXiv 2004.11362) of vectors z (B, D), one view of each image.
 
@@ -188,7 +184,7 @@ def loss_weights(args):
     """
     if args.lambdas:
         return args.lambdas[:2], args.lambdas[2:]
-    if (args.depth, args.num_modules) == (32, 16) and not is_contrast(args):
+    if (args.depth, args.num_modules) == (32, 16) and args.infopro_loss == "softmax":
         return (5, 0.05), (0.2, 0.5)
     if args.balance == "memory":
         return ((5, 0.1), (5, 0.1)) if args.num_modules == 2 else ((5, 0), (5, 0.1))

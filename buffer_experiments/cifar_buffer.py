@@ -48,7 +48,7 @@ def parse_args(argv=None):
 def make_buffers(args, shapes, device):
     """A buffer after each layer but the last. A run that would not fit in memory ends here."""
     needed = sum(make_buffer(args, shape, "meta").num_bytes() for shape in shapes[:-1])
-    step = 6 * 4 * args.batch_size * max(math.prod(shape) for shape in shapes)  # activations, gradients: see README.md
+    step = 6 * 4 * args.batch_size * max(math.prod(shape) for shape in shapes)  # an estimate: six outputs
     free = available_memory(device)
     if needed + step > free:
         utils.fail(
@@ -204,7 +204,7 @@ def feed_step(simulation, n, x):
 
 
 def end_epoch(simulation, n):
-    """After every --epochdecay epochs of layer n: a 5 times smaller learning rate, momentum from zero, new buffers."""
+    """After every --epochdecay epochs of layer n: a 5 times smaller learning rate, no momentum, first turns anew."""
     args, epochs_done = simulation.args, simulation.steps[n] // simulation.epoch_steps
     if not simulation.done(n) and epochs_done % args.epochdecay == 0:
         optimizer = simulation.optimizers[n]

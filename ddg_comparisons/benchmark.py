@@ -52,7 +52,7 @@ def parse_args(argv=None):
     add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet, 6n+2: 110")
     add("--batch-size", type=utils.at_least(2), default=128, help="images in a batch: 128")
     add("--steps", type=utils.at_least(1), default=8, help="measured in a round, then a multiple of K: 8")
-    add("--rounds", type=utils.at_least(1), default=5, help="5")
+    add("--rounds", type=utils.at_least(1), default=5, help="of which the median counts: 5")
     add("--threads", type=utils.at_least(1), default=1, help="of a rank on a CPU: 1")
     add("--link", nargs="+", type=link, default=[], metavar="RATE", help="such as none 1gbit 100mbit; as root")
     add("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the forward passes: fp32")

@@ -57,6 +57,8 @@ def parse_args(argv=None):
     add("--drops", **drops, help="when these epochs begin, the learning rate is divided by 10")
     add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and the order of the data")
     args = parser.parse_args(argv)
+    if args.bn_init != "ones" and args.method != "dgl":
+        parser.error(f"--bn-init has no effect on --method {args.method}: only auxiliary networks start as published")
     try:
         models.cut(args.depth, args.num_splits)
     except ValueError as error:

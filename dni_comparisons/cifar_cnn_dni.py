@@ -107,7 +107,7 @@ def main(argv=None):
     run = utils.Run(args, data, model=model, optimizer=optimizer, scaler=scaler)
     for epoch in run.epochs(args.epochs):
         train_epoch(model, optimizer, scaler, autocast, data.train, meter, context_dim, args.log_interval)
-        cifar.log_epoch(run, 3, epoch, meter, evaluate(model, autocast, data.test))
+        cifar.log_epoch(run, len(model.blocks), epoch, meter, evaluate(model, autocast, data.test))
 
 
 if __name__ == "__main__":

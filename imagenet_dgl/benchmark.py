@@ -48,7 +48,7 @@ def parse_args(argv=None):
     add("-a", "--arch", default="cnn4", help="cnn4: four convolutions; or any of torchvision's")
     add("--num-modules", type=utils.at_least(2), nargs="+", default=[2], metavar="K", help="modules, and ranks: 2")
     add("-b", "--batch-size", type=utils.at_least(2), default=128, help="images in a batch, of all ranks: 128")
-    add("--image-size", type=utils.at_least(16), default=32, metavar="PIXELS", help="32")
+    add("--image-size", type=utils.at_least(16), default=32, metavar="PIXELS", help="side of the images: 32")
     add(
         "--balance",
         choices=["flops", "memory", "time"],
@@ -73,10 +73,10 @@ def parse_args(argv=None):
         help="of module-parallel DGL in a round: 20; the others do a third",
     )
     add("--seconds", type=utils.at_least(0, float), default=10, help="a round of one way: 10, then fewer steps")
-    add("--rounds", type=utils.at_least(1), default=5, help="5")
+    add("--rounds", type=utils.at_least(1), default=5, help="of which the median counts: 5")
     add("--threads", type=utils.at_least(1), default=1, help="of a rank on a CPU: 1")
     add("--no-cuda", action="store_true", help="use the CPU even if there are GPUs")
-    add("--picture", default="benchmark.png", help="benchmark.png")
+    add("--picture", default="benchmark.png", help="to write: benchmark.png")
     parser.set_defaults(seed=0, precision="fp32")
     args = parser.parse_args(argv)
     args.cuda = torch.cuda.is_available() and not args.no_cuda

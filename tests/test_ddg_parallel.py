@@ -127,6 +127,7 @@ def test_mistakes(tmp_path, monkeypatch):
     refused(run(SCRIPT, "--depth", 21, cwd=tmp_path), "--depth 21 is not 6n+2")
     refused(run(SCRIPT, "--num_splits", 40, cwd=tmp_path), "the largest possible is")
     refused(run(SCRIPT, "--method", "backprop", "--precision", "fp16", cwd=tmp_path), "bf16")
+    refused(run(SCRIPT, "--method", "ddg", "--bn-init", "uniform", cwd=tmp_path), "--bn-init has no effect")
     refused(run(SCRIPT, "--method", "dni", cwd=tmp_path), "dni")
     assert not list(tmp_path.iterdir())
 
