@@ -159,7 +159,7 @@ def test_every_row_of_the_benchmark(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert "Traceback" not in err
     measured = {line.split(" | ")[0] for line in out.splitlines() if line.count(" % |") == 2}
-    assert len(measured) == 42
+    assert len(measured) == 43
 
 
 @pytest.mark.slow
