@@ -761,7 +761,7 @@ def test_sweep_reports_a_failure_and_goes_on_where_it_was(tmp_path, monkeypatch)
 def test_the_committed_sweeps_are_complete():
     """README.md's commands of sweep.py, and their logs."""
     readme, sweeps = (ROOT / FOLDER / "README.md").read_text(), load(FOLDER, "sweep")
-    setting, published = re.findall(r'`SETTING="(.+)"`; the first two also with\n`(.+)` ', readme)[0]
+    setting, published = re.findall(r'`SETTING="(.+)"`; the first two also with\n`(.+?)`', readme)[0]
     commands = re.findall(r"^    python sweep.py (.*) -- \$SETTING$", readme, re.M)
     commands += [f"{command} {published}" for command in commands[:2]]
     runs, logs = {}, [*(ROOT / FOLDER / "logs").glob("**/*[_-]cifar_buffer[_-]buffer*.log")]
