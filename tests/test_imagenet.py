@@ -416,7 +416,8 @@ def test_a_full_shared_memory_ends_in_one_line(tree, tmp_path):
     assert time.monotonic() - begin < 60
     (message,) = (tmp_path / "errors").read_text().splitlines()
     assert message.startswith("A process that loads images has failed: ")
-    assert re.search("No space left on device|unable to allocate shared memory", message)  # torch 2.11: the second
+    old = torch.__version__.startswith("2.11.")
+    assert ("unable to allocate shared memory" if old else "No space left on device") in message
     assert "fewer workers, -j" in message
 
 
