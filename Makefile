@@ -1,7 +1,7 @@
 # make demo | test | test-slow | lint | utils: see README.md. With PYTHON=python3 they use that environment as it is, not .venv.
 SHELL := /bin/bash
 PYTHON := .venv/bin/python
-SHARED := utils.py cifar.py machines.py
+SHARED := utils.py cifar.py machines.py links.py
 COPIES := $(wildcard $(addprefix */,$(SHARED)))
 ifeq ($(PYTHON),.venv/bin/python)
 ENVIRONMENT := .venv/complete

@@ -12,14 +12,11 @@ on a machine of its own, and `tc` limits what it sends.
 
 import argparse
 import contextlib
-import ctypes
 import itertools
 import multiprocessing
 import os
-import re
 import signal
 import statistics
-import subprocess
 import tempfile
 import time
 
@@ -30,17 +27,15 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from tqdm import tqdm
 
+import links
 import models
 import parallel
 
 os.environ["KINETO_LOG_LEVEL"] = "99"  # of the profiler, which measures memory
-DEVICE = "ddg0"  # the name, in its namespace, of each rank's way out
 
 
 def link(text):
-    if not re.fullmatch(r"none|[1-9]\d*[kmg]bit", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a rate such as 1gbit or 100mbit, and not none")
-    return text
+    return None if text == "none" else links.rate(text)
 
 
 def parse_args(argv=None):
@@ -66,14 +61,8 @@ def parse_args(argv=None):
     args.cuda = torch.cuda.is_available() and not args.no_cuda
     if args.cuda and torch.cuda.device_count() < args.num_splits:
         parser.error(f"--num_splits {args.num_splits}: this machine has {torch.cuda.device_count()} GPUs; or --no-cuda")
-    if args.link:
-        needed = "ip link add a0 type veth peer name a1; ip link add b0 type bridge; tc qdisc add dev a0 root "
-        try:
-            command = ["unshare", "--net", "sh", "-ec", needed + limit("1gbit")]
-            subprocess.run(command, check=True, capture_output=True, text=True)
-        except (OSError, subprocess.CalledProcessError) as error:
-            said = (getattr(error, "stderr", None) or str(error)).strip()
-            parser.error(f"--link needs Linux, root, and the commands ip, tc and unshare: {said}")
+    if args.link and (reason := links.why_not()):
+        parser.error(f"--link needs Linux, root, and the commands ip, tc and unshare: {reason}")
     return args
 
 
@@ -139,7 +128,7 @@ def work(rank, args, folder, results):
         return
     utils.setup(args)
     if args.link:
-        plug_in(dist.FileStore(f"{folder}/network"), rank, args.num_splits)
+        links.join(dist.FileStore(f"{folder}/network"), rank, args.num_splits)
     if args.cuda:
         torch.cuda.set_device(rank)
     backend = "cpu:gloo,cuda:nccl" if args.cuda else "gloo"
@@ -148,53 +137,15 @@ def work(rank, args, folder, results):
     for method in args.methods:
         modules[method], memory[method] = here.module(method), [None] * args.num_splits
         dist.all_gather_object(memory[method], here.peak_memory(method, modules[method]))
-    for rate in args.link or ["none"]:
+    for rate in args.link or [None]:
         if args.link:
-            subprocess.run(["tc", "qdisc", "del", "dev", DEVICE, "root"], capture_output=True)  # if there is one
-        if rate != "none":
-            do(f"tc qdisc add dev {DEVICE} root {limit(rate)}")
+            links.limit(rate)
         turns = [*itertools.product(range(args.rounds), args.methods)]
-        for _, method in tqdm(turns, f"link {rate}", disable=True if rank else None, leave=False):
+        for _, method in tqdm(turns, f"link {rate or 'none'}", disable=True if rank else None, leave=False):
             rates.setdefault((rate, method), []).append(here.images_per_second(method, modules[method]))
     dist.destroy_process_group()
     if rank == here.last:
         results.put((rates, memory))
-
-
-# Slow links
-
-
-def limit(rate):
-    # The bucket holds more than the largest piece (64 KiB) that the kernel hands over; the queue does not overflow
-    return f"tbf rate {rate} burst 256kb limit 16mb"
-
-
-def plug_in(store, rank, count):
-    """Move this process into a network namespace of its own, one of `count`. Rank 0's has the switch.
-
-    The kernel removes a namespace with its last process.
-    """
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.unshare(0x40000000):  # CLONE_NEWNET
-        raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    if rank == 0:
-        do(f"ip link add {DEVICE} type bridge")
-        for other in range(1, count):
-            do(f"ip link add port{other} type veth peer name {DEVICE} netns {store.get(f'pid {other}').decode()}")
-            do(f"ip link set port{other} master {DEVICE} up")
-        store.set("plugged in", "")
-    else:
-        store.set(f"pid {rank}", str(os.getpid()))
-        store.get("plugged in")
-    do(f"ip address add 10.0.0.{rank + 1}/24 dev {DEVICE}")
-    do(f"ip link set {DEVICE} up")
-    # Also on GPUs, all goes through the link
-    os.environ.update(GLOO_SOCKET_IFNAME=DEVICE, NCCL_SOCKET_IFNAME=DEVICE, NCCL_NET="Socket")
-    os.environ.update(NCCL_P2P_DISABLE="1", NCCL_SHM_DISABLE="1")
-
-
-def do(command):
-    subprocess.run(command.split(), check=True)
 
 
 def main(argv=None):
@@ -220,7 +171,7 @@ def main(argv=None):
             ratio = f"{statistics.median(a / b for a, b in zip(values, rates[rate, 'ddg'])):.2f}"
         peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in memory[method])
         spread = f"{min(values):.1f} to {max(values):.1f}"
-        print(f"| {rate} | {method} | {statistics.median(values):.1f} | {spread} | {ratio} | {peaks} |")
+        print(f"| {rate or 'none'} | {method} | {statistics.median(values):.1f} | {spread} | {ratio} | {peaks} |")
 
 
 if __name__ == "__main__":

@@ -280,7 +280,8 @@ def work(rank, args, num_modules, link, folder):
         torch.cuda.set_device(rank)
     store = dist.FileStore(f"{folder}/store", num_modules)
     if link:
-        links.join(store, rank, num_modules, link)
+        links.join(store, rank, num_modules)
+        links.limit(link)
     backend = "cpu:gloo,cuda:nccl" if args.cuda else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=num_modules)
     bench = Bench(args, num_modules, rank, link)

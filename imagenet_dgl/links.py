@@ -21,13 +21,9 @@ def rate(text):
     return text
 
 
-def bytes_per_second(text):
-    return int(text[:-4]) * {"k": 1e3, "m": 1e6, "g": 1e9}[text[-4]] / 8
-
-
 def why_not():
     """Why this machine permits no shaped links, in a few words; None if it does."""
-    needed = "ip link add v0 type veth peer name v1; ip link add b0 type bridge; " + shaping("v0", "1gbit")
+    needed = "ip link add v0 type veth peer name v1; ip link add b0 type bridge; tc qdisc add dev v0 " + shape("1gbit")
     try:
         tried = subprocess.run(["unshare", "--net", "sh", "-ec", needed], capture_output=True, text=True)
     except FileNotFoundError:
@@ -35,19 +31,20 @@ def why_not():
     return (tried.stderr.strip().splitlines() or ["not permitted"])[-1] if tried.returncode else None
 
 
-def shaping(device, rate):
+def shape(rate):
     # The bucket holds more than the largest piece (64 KiB) that the kernel hands over; the queue does not overflow
-    return f"tc qdisc add dev {device} root tbf rate {rate} burst 128kb limit 16mb"
+    return f"root tbf rate {rate} burst 128kb limit 16mb"
 
 
-def join(store, rank, count, rate):
+def limit(rate):
+    """From now on, this rank sends at this rate; with None, as fast as it can. After `join`."""
+    do(f"tc qdisc replace dev {DEVICE} {shape(rate) if rate else 'root noqueue'}")
+
+
+def join(store, rank, count):
     """Move this process into a namespace of its own, on the network of all `count` ranks.
 
-    To be called on every rank, before the process group is made.
-
-    Args:
-        store: a store that needs no network.
-        rate: of what each rank sends, as for `tc`.
+    To be called on every rank, before the process group is made. `store`: one that needs no network.
     """
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.unshare(0x40000000):  # CLONE_NEWNET
@@ -65,7 +62,6 @@ def join(store, rank, count, rate):
     do(f"ip address add 10.0.{rank // 250}.{rank % 250 + 1}/16 dev {DEVICE}")
     do(f"ip link set {DEVICE} up")
     do("ip link set lo up")
-    do(shaping(DEVICE, rate))
     # Also on GPUs, all goes through the link
     os.environ.update(GLOO_SOCKET_IFNAME=DEVICE, NCCL_SOCKET_IFNAME=DEVICE, NCCL_NET="Socket")
     os.environ.update(NCCL_P2P_DISABLE="1", NCCL_SHM_DISABLE="1")

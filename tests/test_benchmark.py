@@ -241,11 +241,6 @@ def test_links_that_are_not_permitted_are_named(monkeypatch):
     assert links.why_not() == "there is no command unshare"
 
 
-def test_rates():
-    assert links.bytes_per_second("1gbit") == 125e6
-    assert links.bytes_per_second("100mbit") == 12.5e6
-
-
 @needs_links
 @pytest.mark.parametrize("count", [2, 3])
 def test_a_link_has_its_rate(count, tmp_path):
@@ -254,7 +249,8 @@ def test_a_link_has_its_rate(count, tmp_path):
 
     def begin(rank):
         store = dist.FileStore(str(tmp_path / "store"), count)
-        links.join(store, rank, count, "200mbit")
+        links.join(store, rank, count)
+        links.limit("200mbit")
         dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=count)
         message, received = torch.zeros(2, 2_500_000, dtype=torch.uint8)
         seconds = []
@@ -275,7 +271,7 @@ def test_a_link_has_its_rate(count, tmp_path):
 
 
 @needs_links
-@pytest.mark.parametrize(("rate", "precision"), [("50mbit", "fp32"), ("40mbit", "fp32"), ("40mbit", "int8")])
+@pytest.mark.parametrize(("rate", "precision"), [(50, "fp32"), (40, "fp32"), (40, "int8")])
 def test_the_schedule_predicts_a_slow_link(rate, precision, tmp_path):
     """Modules that sleep instead of computing, so that other work on the machine disturbs little."""
     forward, backward, steps = [0.02, 0.03], [0.05, 0.04], 8
@@ -283,7 +279,8 @@ def test_the_schedule_predicts_a_slow_link(rate, precision, tmp_path):
 
     def begin(rank):
         store = dist.FileStore(str(tmp_path / "store"), 2)
-        links.join(store, rank, 2, rate)
+        links.join(store, rank, 2)
+        links.limit(f"{rate}mbit")
         dist.init_process_group("gloo", store=dist.PrefixStore("group", store), rank=rank, world_size=2)
         pipeline = module_parallel.ModuleParallel(2, torch.device("cpu"), 4, send_precision=precision)
         measured = []
@@ -298,7 +295,7 @@ def test_the_schedule_predicts_a_slow_link(rate, precision, tmp_path):
             pipeline.end_pass(steps)
             dist.barrier()
             measured.append((time.perf_counter() - begin) / steps)
-        transfer = schedule.message_bytes(representation, labels, precision) / links.bytes_per_second(rate)
+        transfer = schedule.message_bytes(representation, labels, precision) / (rate * 1e6 / 8)
         predicted = schedule.module_parallel(forward, backward, [transfer], batches=steps)
         assert predicted == pytest.approx(min(measured[1:]), rel=0.1)
         dist.destroy_process_group()

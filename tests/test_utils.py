@@ -43,7 +43,7 @@ def refused(capsys, *flags):
     return message
 
 
-@pytest.mark.parametrize(("name", "number"), [("utils.py", 6), ("cifar.py", 5), ("machines.py", 3)])
+@pytest.mark.parametrize(("name", "number"), [("utils.py", 6), ("cifar.py", 5), ("machines.py", 3), ("links.py", 2)])
 def test_all_copies_are_the_same(name, number):
     copies = sorted(ROOT.glob(f"*/{name}"))
     assert len(copies) == number
