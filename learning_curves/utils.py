@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+import shlex
 import shutil
 import signal
 import sys
@@ -190,12 +191,10 @@ def load_checkpoint(path, script):
 
 
 class Run:
-    """Log and checkpoint of a training run, or, with --resume, of its continuation.
-
-    `parts` is all that training changes, by name (the network as `model`): objects with a state_dict, or lists of them.
-    """
+    """Log and checkpoint of a training run, or, with --resume, of its continuation."""
 
     def __init__(self, args, data, fixed=(), **parts):  # fixed: further flags that may not differ
+        # parts: all that training changes, by name (the network: `model`); objects with a state_dict, or lists of them
         self.args, self.data, self.epoch, self.last_checkpoint, self.parts = args, data, 0, None, {}
         for name, part in parts.items():
             self.parts |= {f"{name}.{i}": p for i, p in enumerate(part)} if isinstance(part, list) else {name: part}
@@ -223,7 +222,8 @@ class Run:
         python = f"Python {platform.python_version()}, torch {torch.__version__}, torchvision {torchvision.__version__}"
         machine = f"{platform.system()} {platform.machine()}, {device.type} ({chip}), {torch.get_num_threads()} threads"
         self.log(f"arguments: {json.dumps(vars(self.args))}")
-        self.log(f"environment: {python}, {machine}, TF32 {torch.backends.cudnn.allow_tf32}")
+        commit = os.popen(f"git -C {shlex.quote(sys.path[0])} describe --always --dirty 2> /dev/null").read().strip()
+        self.log(f"environment: {python}, {machine}, TF32 {torch.backends.cudnn.allow_tf32}, commit {commit or 'none'}")
         self.log(f"data: {self.data.description}")
         self.log(f"model, {sum(p.numel() for p in model.parameters()):,} parameters: {model}")
 
@@ -283,7 +283,7 @@ class Run:
                 part.load_state_dict(state["parts"][name])
             self.data.train.generator.set_state(state["generator"])
         except Exception as error:  # torch's checks raise all kinds
-            fail(f"{path} is a checkpoint of another network: {str(error)[:300]}")
+            fail(f"{path} is a checkpoint of another network or optimizer: {str(error)[:300]}")
         self.epoch, (name, self.log_length) = state["epoch"], state["log"]
         self.log_file = self.log_file.with_name(name)
         self.go_on_from(path)

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import subprocess
 import tempfile
 from pathlib import Path
 
@@ -47,6 +48,33 @@ for label in range(10):  # 4 training and 2 test images of each
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray((pixels * 15).astype("uint8")).resize((32, 32)).save(file)
 every_script = pytest.mark.parametrize("script", SCRIPTS)
+
+
+def test_the_log_names_the_commit(tmp_path, monkeypatch):
+    """Of the checkout that the script is in."""
+    folder = tmp_path / "it's here"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+
+    def git(*command):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        return subprocess.check_output(["git", *identity, *command], cwd=folder, text=True).strip()
+
+    def logged(name):
+        status, _, errors = run("learning_curves/cifar_dgl.py", *QUICK, "--epochs", 1, "--name", name, cwd=tmp_path)
+        assert status == 0, errors
+        (log,) = tmp_path.glob(f"*-{name}.log")
+        return log.read_text().splitlines()[1].rpartition(", commit ")[2]
+
+    assert logged("no-checkout") == "none"
+    git("init")
+    (folder / "file").write_text("1")
+    git("add", "file")
+    git("commit", "-m", "1")
+    commit = git("rev-parse", "--short", "HEAD")
+    assert logged("clean") == commit
+    (folder / "file").write_text("2")
+    assert logged("changed") == f"{commit}-dirty"
 
 
 def stopped(number, update, script, *flags, cwd):
