@@ -3,7 +3,8 @@
 - A module's step changes no parameter, buffer or gradient outside the module, and hands no graph to the next one.
 - Its loss and gradients do not depend on the later modules' parameters or buffers. Nor do those of its next step, after
   one of the next module, unless the method says that it reads them (LocalLoss.reads), as MAN's moving average does.
-- Each BatchNorm counts the batch once. One that a second forward pass (checkpointing) updates again counts it twice.
+- Each BatchNorm counts the batch once. One that a second forward pass (checkpointing) updates again counts it twice; so
+  may those of a method that says so (LocalLoss.views), as it runs its auxiliary network on several views.
 
 A step must repeat to the bit: what changes from step to step, and is not in a buffer, looks like something read.
 """
@@ -51,20 +52,31 @@ def steps(n, x, images, labels, train_module, parts):
 
 
 def reads_later(n, x, images, labels, train_module, parts):
-    """Whether two steps of module n are others with other parameters and buffers of later modules: [first, second]."""
+    """When module n's steps depend on what later modules have, as a text; empty if they do not."""
     model, optimizers, *_ = parts
-    stateful, runs = [model, *optimizers], []
+    stateful = [model, *optimizers]
     saved = copy.deepcopy([part.state_dict() for part in stateful])
-    for noise in (0, 1):
+
+    def two_steps(noise):
         for name, tensor in model.state_dict().items():
             if owner(name) > n and tensor.is_floating_point():
                 tensor.add_(noise * torch.rand_like(tensor))  # of one sign: variances stay positive
         torch.manual_seed(0)  # a method's dropout is the same in both
-        runs.append([*steps(n, x, images, labels, train_module, parts)])
+        results = [*steps(n, x, images, labels, train_module, parts)]
         for part, state in zip(stateful, copy.deepcopy(saved)):  # an optimizer goes on in the tensors that it loads
             part.load_state_dict(state)
         model.zero_grad()
-    return [not all(map(torch.equal, *pair)) for pair in zip(*runs)]
+        return results
+
+    def differences(results, others):
+        return [not all(map(torch.equal, *pair)) for pair in zip(results, others)]
+
+    results = two_steps(0)
+    first, second = differences(results, two_steps(1))
+    if not first and (not second or model.auxiliary_nets[n].reads):
+        return ""
+    own = any(differences(results, two_steps(0))) * ", or has a counter or random generator of its own"
+    return f"reads later modules' parameters {'for its loss' if first else 'after a step'}{own}"
 
 
 def audit(train_module, parts):
@@ -72,19 +84,20 @@ def audit(train_module, parts):
     model, found = parts[0].train(), []
     images, labels = torch.randn(IMAGES, 3, 32, 32), torch.arange(IMAGES) % 4
     x = images
-    for n, local_loss in enumerate(model.auxiliary_nets):
-        first, second = reads_later(n, x, images, labels, train_module, parts)
-        if first or (second and not local_loss.reads):
-            found.append(
-                f"module {n + 1} reads later modules' parameters {'for its loss' if first else 'after a step'}"
-            )
+    for n in range(len(model.blocks)):
+        if text := reads_later(n, x, images, labels, train_module, parts):
+            found.append(f"module {n + 1} {text}")
         before = state(model)
         x = train_module(n, x, images, labels, *parts)
         found += [f"module {n + 1} changes {name}" for name in changed(before, state(model)) if owner(name) != n]
         if x.requires_grad:
             return [*found, f"module {n + 1} hands a graph to the next one"]
-    counts = {name: int(count) for name, count in model.named_buffers() if name.endswith("num_batches_tracked")}
-    return [*found, *(f"{name} is {count} after one batch" for name, count in counts.items() if count != 1)]
+    for name, count in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            views = model.auxiliary_nets[owner(name)].views if name.startswith("auxiliary_nets") else 1
+            if int(count) not in (1, views):
+                found.append(f"{name} is {count} after one batch")
+    return found
 
 
 def main(args, make_parts, train_module):

@@ -89,9 +89,11 @@ class AuxiliaryNet(nn.Sequential):
             net = [nn.AdaptiveAvgPool2d(math.ceil(side / 4)), *convolutions(channels, 1, 3), *mlp(channels)]
         elif type_aux == "mlp":
             net = mlp(channels)
-        else:
+        elif type_aux == "cnn":
             pool = [nn.AdaptiveAvgPool2d(2), nn.BatchNorm2d(channels), nn.Flatten()]
             net = [*convolutions(channels, 3, 2), *pool]
+        else:
+            raise ValueError(f"there is no auxiliary network {type_aux!r}")
         super().__init__(*net, nn.Linear(4 * channels, num_classes))
 
     def forward(self, features):

@@ -60,6 +60,8 @@ def parse_args(argv=None):
         help="passes over the training set; in the last, the learning rate is 0",
     )
     add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and data order")
+    for method in methods.METHODS.values():
+        method.add_flags(add)
     args = parser.parse_args(argv)
     if args.method not in choices:  # from a checkpoint
         parser.error(f"--method {args.method} is not defined here: resume with the script that has it")
@@ -103,6 +105,19 @@ class Network(nn.Module):
                 place = methods.Place(k, args.num_modules, end, widths, layers[end + 1], num_classes)
                 local_losses.append(methods.METHODS[args.method](place, args))
         self.blocks, self.auxiliary_nets = nn.ModuleList(segments), nn.ModuleList([*local_losses, last])
+
+    def forward(self, x, n, upto=False):
+        """Run module n on its input x. With `upto`, x is the images, and blocks 0 to n-1 run first.
+
+        Returns:
+            (logits of auxiliary net n (B, num_classes), or None, output of block n (B, C, s, s)).
+        """
+        if upto:
+            for block in self.blocks[:n]:
+                x = block(x)
+        representation = self.blocks[n](x)
+        logits, _ = self.auxiliary_nets[n](representation)
+        return logits, representation
 
 
 def set_learning_rate(optimizers, epoch, args):
@@ -159,10 +174,9 @@ def evaluate(model, autocast, batches):
     correct = torch.zeros(len(model.blocks), device=batches.device)
     for images, labels in batches:
         x = images
-        for n, (block, local_loss) in enumerate(zip(model.blocks, model.auxiliary_nets)):
+        for n in range(len(model.blocks)):
             with autocast:
-                x = block(x)
-                logits, _ = local_loss(x)
+                logits, x = model(x, n)
             correct[n] += math.nan if logits is None else (logits.argmax(1) == labels).sum()
     return (100 * correct / len(batches.labels)).tolist()
 

@@ -50,10 +50,15 @@ class LocalLoss(nn.Module):
 
     flags = ()  # names of those that it reads and some other method does not, which refuses them
     reads = ""  # what it takes from other modules' parameters, for the audit: nothing
+    views = 1  # how often it may run its own BatchNorms on a batch, for the audit
 
     def __init_subclass__(cls, name=None):
         if name:
             METHODS[name] = cls
+
+    @staticmethod
+    def add_flags(add):
+        """Add flags of one's own, with argparse's add_argument."""
 
     def forward(self, h):
         """Block's output (B, C, s, s), in --precision -> (logits (B, num_classes) or None, what else `loss` needs)."""

@@ -838,6 +838,19 @@ def test_the_table_of_costs_of_modules_balanced_for_memory(tmp_path):
     assert max(kept["memory"]) < 0.8 * max(kept["blocks"])
 
 
+@pytest.mark.parametrize("name", ALL)
+def test_forward_upto_a_module_runs_the_blocks_before_it(name):
+    model = make(*ALL[name], "--depth", 8, "--num-modules", 1 if name == "backprop" else 3)[0].eval()
+    x = images = batch()[0]
+    for n in range(len(model.blocks)):
+        logits, representation = model(x, n)
+        whole = model(images, n, upto=True)
+        assert torch.equal(representation, whole[1])
+        assert representation.equal(model.blocks[n](x))
+        assert logits is whole[0] is None or torch.equal(logits, whole[0])
+        x = representation
+
+
 # The audit, and methods that cheat
 
 
@@ -921,6 +934,40 @@ def test_the_audit_finds_a_second_forward_pass(monkeypatch):
     assert cheat(monkeypatch, Twice) == [
         f"auxiliary_nets.{n}.norm.num_batches_tracked is 2 after one batch" for n in (0, 1)
     ]
+
+
+def test_a_method_may_say_that_it_has_several_views_of_a_batch(monkeypatch):
+    class TwoViews(Honest):
+        views = 2
+
+        def __init__(self, place, args):
+            super().__init__(place, args)
+            self.norm, self.other = nn.BatchNorm2d(place.channels), nn.BatchNorm2d(place.channels)
+
+        def forward(self, h):
+            return self.net(self.other(self.norm(h) + self.norm(F.dropout(h)))), None
+
+    class Thrice(TwoViews):
+        def forward(self, h):
+            return super().forward(self.norm(h))
+
+    assert cheat(monkeypatch, TwoViews) == []
+    assert cheat(monkeypatch, Thrice) == [
+        f"auxiliary_nets.{n}.norm.num_batches_tracked is 3 after one batch" for n in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("declared", ["", "weights of the next block"])
+def test_the_audit_tells_a_step_that_does_not_repeat(declared, monkeypatch):
+    class Counts(Honest):
+        reads, count = declared, 1
+
+        def loss(self, logits, more, images, labels):
+            self.count += 1
+            return super().loss(logits, more, images, labels) * self.count
+
+    text = "reads later modules' parameters for its loss, or has a counter or random generator of its own"
+    assert cheat(monkeypatch, Counts) == [f"module {n} {text}" for n in (1, 2)]
 
 
 @pytest.mark.parametrize("declared", ["", "weights of the next block"])  # which is for after a step
@@ -1092,6 +1139,28 @@ def test_a_method_of_one_s_own(my_method, tmp_path):
     assert log_of(tmp_path)[0]["method"] == name
     (checkpoint,) = tmp_path.glob("*.pt")
     refused(run(SCRIPT, "--resume", checkpoint, cwd=tmp_path), f"--method {name}", "script that has it")
+
+
+def test_a_method_with_a_flag_of_its_own(monkeypatch, tmp_path):
+    class Smoothed(Honest):
+        flags = ("smoothing",)
+
+        @staticmethod
+        def add_flags(add):
+            add("--smoothing", type=float, default=0.1)
+
+        def __init__(self, place, args):
+            super().__init__(place, args)
+            self.smoothing = args.smoothing
+
+        def loss(self, logits, more, images, labels):
+            return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
+
+    monkeypatch.setitem(methods.METHODS, "smoothed", Smoothed)
+    model, *_ = make("--method", "smoothed", "--smoothing", "0.3", "--depth", 8, "--num-modules", 3)
+    assert [net.smoothing for net in model.auxiliary_nets[:-1]] == [0.3, 0.3]
+    with pytest.raises(SystemExit):
+        parse("--method", "dgl", "--smoothing", "0.3")
 
 
 @slow
