@@ -31,6 +31,7 @@ import training
 def parse_args(argv=None):
     parser = training.make_parser(__file__, __doc__)
     parser.set_defaults(arch="vgg19_bn")
+    parser.ignore("--ensemble")
     return training.check_flags(parser, parser.parse_args(argv))
 
 

@@ -179,6 +179,11 @@ def test_flags_that_have_no_effect_any_more(script, capsys):
         assert [line for line in said if "--half" not in line] == [f"{flag} has no effect any more" for flag in flags]
 
 
+def test_ensemble_has_no_effect_end_to_end(capsys):
+    assert vars(arguments("backprop", "DIR", "--ensemble", "1")) == vars(arguments("backprop", "DIR"))
+    assert capsys.readouterr().err == "--ensemble has no effect any more\n"
+
+
 @both
 def test_mistakes(script, tree, tmp_path):
     small = [tree, *SMALL]

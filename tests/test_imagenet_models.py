@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import itertools
+import os
 import re
 import sys
 import time
@@ -11,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, load
+from conftest import ROOT, load, python, refused
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.regnet import BlockParams
@@ -686,7 +687,7 @@ def test_blocks_and_auxiliary_networks_are_as_many():
 def test_the_readmes_example_of_a_users_own_model(monkeypatch, capsys):
     """It runs, and `decouple` makes of ResNet-18 what is printed there."""
     readme = (ROOT / "imagenet_dgl/README.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    code, _ = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     monkeypatch.setitem(sys.modules, "models", models)
     exec(code.replace("range(10)", "range(2)"), {})
     printed = capsys.readouterr().out.splitlines()
@@ -694,3 +695,16 @@ def test_the_readmes_example_of_a_users_own_model(monkeypatch, capsys):
     assert printed[:3] == claimed
     assert code.count("\n") == 30
     assert [line[0] for line in printed[3:]] == ["0", "1"] * 2
+
+
+def test_the_readmes_example_of_a_registered_network(tree, tmp_path):
+    _, code = re.findall(r"```python\n(.*?)```", (ROOT / "imagenet_dgl/README.md").read_text(), re.DOTALL)
+    (tmp_path / "mynet.py").write_text(code)
+    flags = [tree, "--arch", "mynet", "--num-modules", 3, "--image-size", 32, "-b", 4, "--lr", 0.01, "--nepochs", 1]
+    flags += ["-j", 0, "--threads", 1]
+    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT / "imagenet_dgl")}}
+    done = python(tmp_path / "mynet.py", *flags, **options)
+    assert done.returncode == 0, done.stderr
+    assert re.findall(r"^n: (\d), epoch 0, train", done.stdout, re.MULTILINE) == ["0", "1", "2"]
+    done = python(tmp_path / "mynet.py", "--arch", "mynet2", tree, **options)
+    refused((done.returncode, done.stdout, done.stderr), "no architecture 'mynet2'")

@@ -12,8 +12,15 @@ from .published import VGGS
 from .timing import Timer
 
 __all__ = ["ARCHITECTURES", "VGGS", "DGLNet", "Timer", "build_dgl", "build_plain", "costs", "count_modules", "decouple"]
+__all__ += ["register"]
 
 ARCHITECTURES = torchvision.models.list_models(module=torchvision.models)
+OWN = {}  # those that `register` has added
+
+
+def register(name, build):
+    """Let `name` be an architecture: build(num_classes, image_size) returns an image classifier with new weights."""
+    OWN[name] = build
 
 
 def build_dgl(
@@ -91,6 +98,8 @@ def build_plain(arch, num_classes, image_size):
 
 
 def torchvisions(arch, num_classes, image_size):
+    if arch in OWN:
+        return OWN[arch](num_classes, image_size)
     options = {}
     if arch in ("googlenet", "inception_v3"):
         options = {"aux_logits": False, "init_weights": True}
@@ -106,7 +115,7 @@ def torchvisions(arch, num_classes, image_size):
 
 
 def check_name(arch):
-    if arch not in ARCHITECTURES:
+    if arch not in ARCHITECTURES and arch not in OWN:
         near = difflib.get_close_matches(arch, ARCHITECTURES, 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "any classification model of torchvision is one"
         raise ValueError(f"no architecture {arch!r}: {hint}")
