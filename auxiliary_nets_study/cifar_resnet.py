@@ -60,8 +60,8 @@ def parse_args(argv=None):
         help="passes over the training set; in the last, the learning rate is 0",
     )
     add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and data order")
-    for method in methods.METHODS.values():
-        method.add_flags(add)
+    for add_flags in dict.fromkeys(method.add_flags for method in methods.METHODS.values()):  # a subclass has the same
+        add_flags(add)
     args = parser.parse_args(argv)
     if args.method not in choices:  # from a checkpoint
         parser.error(f"--method {args.method} is not defined here: resume with the script that has it")

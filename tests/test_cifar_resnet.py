@@ -1156,7 +1156,11 @@ def test_a_method_with_a_flag_of_its_own(monkeypatch, tmp_path):
         def loss(self, logits, more, images, labels):
             return F.cross_entropy(logits, labels, label_smoothing=self.smoothing)
 
+    class Variant(Smoothed):
+        pass
+
     monkeypatch.setitem(methods.METHODS, "smoothed", Smoothed)
+    monkeypatch.setitem(methods.METHODS, "variant", Variant)
     model, *_ = make("--method", "smoothed", "--smoothing", "0.3", "--depth", 8, "--num-modules", 3)
     assert [net.smoothing for net in model.auxiliary_nets[:-1]] == [0.3, 0.3]
     with pytest.raises(SystemExit):
