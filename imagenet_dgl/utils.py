@@ -223,7 +223,7 @@ class Run:
         machine = f"{platform.system()} {platform.machine()}, {device.type} ({chip}), {torch.get_num_threads()} threads"
         self.log(f"arguments: {json.dumps(vars(self.args))}")
         commit = os.popen(f"git -C {shlex.quote(sys.path[0])} describe --always --dirty 2> /dev/null").read().strip()
-        self.log(f"environment: {python}, {machine}, TF32 {torch.backends.cudnn.allow_tf32}, commit {commit or 'none'}")
+        self.log(f"environment: {python}, {machine}, commit {commit or 'none'}, TF32 {torch.backends.cudnn.allow_tf32}")
         self.log(f"data: {self.data.description}")
         self.log(f"model, {sum(p.numel() for p in model.parameters()):,} parameters: {model}")
 

@@ -676,10 +676,13 @@ def test_mistakes(tmp_path):
 class Fork:
     """subprocess.Popen for the runs of a sweep, without an interpreter that imports torch again."""
 
+    real = subprocess.Popen
+
     def __init__(self, command, stderr, **_):
         pipe, self.hold = os.pipe()
         self.pid, self.returncode = os.fork(), None
         if self.pid == 0:
+            subprocess.Popen = self.real  # the run asks git
             os.close(self.hold)
             os.dup2(pipe, 0)
             sys.stdout, sys.stderr = open(os.devnull, "w"), stderr  # noqa: SIM115
