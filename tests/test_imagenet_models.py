@@ -697,6 +697,11 @@ def test_the_readmes_example_of_a_users_own_model(monkeypatch, capsys):
     assert [line[0] for line in printed[3:]] == ["0", "1"] * 2
 
 
+def test_a_registered_name_is_none_of_torchvisions():
+    with pytest.raises(ValueError, match="resnet18 is torchvision's"):
+        models.register("resnet18", None)
+
+
 def test_the_readmes_example_of_a_registered_network(tree, tmp_path):
     _, code = re.findall(r"```python\n(.*?)```", (ROOT / "imagenet_dgl/README.md").read_text(), re.DOTALL)
     (tmp_path / "mynet.py").write_text(code)

@@ -11,15 +11,20 @@ from .dgl_net import DGLNet
 from .published import VGGS
 from .timing import Timer
 
-__all__ = ["ARCHITECTURES", "VGGS", "DGLNet", "Timer", "build_dgl", "build_plain", "costs", "count_modules", "decouple"]
-__all__ += ["register"]
+__all__ = ["ARCHITECTURES", "VGGS", "DGLNet", "Timer", "build_dgl", "build_plain", "costs", "count_modules"]
+__all__ += ["decouple", "register"]
 
 ARCHITECTURES = torchvision.models.list_models(module=torchvision.models)
 OWN = {}  # those that `register` has added
 
 
 def register(name, build):
-    """Let `name` be an architecture: build(num_classes, image_size) returns an image classifier with new weights."""
+    """Let `name` be an architecture: build(num_classes, image_size) returns an image classifier with new weights.
+
+    Raises ValueError if torchvision has one of that name.
+    """
+    if name in ARCHITECTURES:
+        raise ValueError(f"{name} is torchvision's: choose another name")
     OWN[name] = build
 
 
