@@ -24,6 +24,7 @@ def rate(text):
 def why_not():
     """Why this machine permits no shaped links, in a few words; None if it does."""
     needed = "ip link add v0 type veth peer name v1; ip link add b0 type bridge; tc qdisc add dev v0 " + shape("1gbit")
+    needed += "; tc qdisc replace dev v0 root noqueue"
     try:
         tried = subprocess.run(["unshare", "--net", "sh", "-ec", needed], capture_output=True, text=True)
     except FileNotFoundError:

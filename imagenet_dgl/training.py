@@ -26,7 +26,7 @@ def make_parser(file, doc):
     count, not_negative = utils.at_least(1), utils.at_least(0, float, below=math.inf)
     positive = utils.at_least(0, float, above=True, below=math.inf)
     add("data", metavar="DIR", nargs="?", help="images in train/<class>/ and val/<class>/")
-    add("-a", "--arch", default="resnet18", help="network: any of torchvision's; imagenet_dgl.py's VGGs have BatchNorm")
+    add("-a", "--arch", default="resnet18", help="any of torchvision's; imagenet_dgl.py's vgg11 to 19 have BatchNorm")
     workers = min(4, os.cpu_count() or 1)  # torch warns of more than there are cores
     add("-j", "--workers", type=utils.at_least(0), default=workers, help="loading processes: 4, or one per core")
     add("-b", "--batch-size", type=utils.at_least(2), default=256, help="images in a batch, of all ranks together")

@@ -1141,7 +1141,7 @@ def test_a_method_of_one_s_own(my_method, tmp_path):
     refused(run(SCRIPT, "--resume", checkpoint, cwd=tmp_path), f"--method {name}", "script that has it")
 
 
-def test_a_method_with_a_flag_of_its_own(monkeypatch, tmp_path):
+def test_a_method_with_a_flag_of_its_own(monkeypatch):
     class Smoothed(Honest):
         flags = ("smoothing",)
 

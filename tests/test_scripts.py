@@ -51,13 +51,15 @@ every_script = pytest.mark.parametrize("script", SCRIPTS)
 
 
 def test_the_log_names_the_commit(tmp_path, monkeypatch):
-    """Of the checkout that the script is in."""
+    """Of the checkout in which Python looks first, the script's."""
     folder = tmp_path / "it's here"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
+    for name in [name for name in os.environ if name.startswith("GIT_")]:
+        monkeypatch.delenv(name)
 
     def git(*command):
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
         return subprocess.check_output(["git", *identity, *command], cwd=folder, text=True).strip()
 
     def logged(name):

@@ -121,6 +121,6 @@ def torchvisions(arch, num_classes, image_size):
 
 def check_name(arch):
     if arch not in ARCHITECTURES and arch not in OWN:
-        near = difflib.get_close_matches(arch, ARCHITECTURES, 3)
+        near = difflib.get_close_matches(arch, [*ARCHITECTURES, *OWN], 3)
         hint = f"did you mean {' or '.join(near)}?" if near else "any classification model of torchvision is one"
         raise ValueError(f"no architecture {arch!r}: {hint}")
