@@ -49,7 +49,7 @@ def parse_args(argv=None):
     add("--steps", type=utils.at_least(1), default=8, help="measured in a round, then a multiple of K: 8")
     add("--rounds", type=utils.at_least(1), default=5, help="of which the median counts: 5")
     add("--threads", type=utils.at_least(1), default=1, help="of a rank on a CPU: 1")
-    add("--link", nargs="+", type=link, default=[], metavar="RATE", help="such as none 1gbit 100mbit; as root")
+    add("--link", nargs="+", type=link, default=[], metavar="RATE", help="none, or such as 1gbit 100mbit; as root")
     add("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the forward passes: fp32")
     add("--no-cuda", action="store_true", help="use the CPU even if there are GPUs")
     parser.set_defaults(seed=0, compile=False, bn_init="ones")
