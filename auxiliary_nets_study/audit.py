@@ -11,6 +11,7 @@ A step must repeat to the bit: what changes from step to step, and is not in a b
 
 import argparse
 import copy
+import functools
 
 import torch
 
@@ -34,7 +35,8 @@ def owner(name):
 
 def changed(before, after):
     """Names of tensors that are new or have changed."""
-    return [name for name, tensor in after.items() if name not in before or not torch.equal(before[name], tensor)]
+    same = functools.partial(torch.allclose, rtol=0, atol=0, equal_nan=True)
+    return [name for name, tensor in after.items() if name not in before or not same(before[name], tensor)]
 
 
 def steps(n, x, images, labels, train_module, parts):
@@ -51,8 +53,8 @@ def steps(n, x, images, labels, train_module, parts):
             yield [torch.tensor(loss), *gradients]
 
 
-def reads_later(n, x, images, labels, train_module, parts):
-    """When module n's steps depend on what later modules have, as a text; empty if they do not."""
+def wrong_steps(n, x, images, labels, train_module, parts):
+    """What is wrong in module n's steps: they depend on later modules, or are not finite. A text; empty if neither."""
     model, optimizers, *_ = parts
     stateful = [model, *optimizers]
     saved = copy.deepcopy([part.state_dict() for part in stateful])
@@ -72,6 +74,8 @@ def reads_later(n, x, images, labels, train_module, parts):
         return [not all(map(torch.equal, *pair)) for pair in zip(results, others)]
 
     results = two_steps(0)
+    if not all(tensor.isfinite().all() for result in results for tensor in result):
+        return "has a loss or gradients that are not finite"
     first, second = differences(results, two_steps(1))
     if not first and (not second or model.auxiliary_nets[n].reads):
         return ""
@@ -85,7 +89,7 @@ def audit(train_module, parts):
     images, labels = torch.randn(IMAGES, 3, 32, 32), torch.arange(IMAGES) % 4
     x = images
     for n in range(len(model.blocks)):
-        if text := reads_later(n, x, images, labels, train_module, parts):
+        if text := wrong_steps(n, x, images, labels, train_module, parts):
             found.append(f"module {n + 1} {text}")
         before = state(model)
         x = train_module(n, x, images, labels, *parts)

@@ -7,7 +7,7 @@
 Starts K ranks, which train the same network on the same random batch by all methods in turn, --rounds times. A figure
 is the median. A round's speed is that of the last rank, without the first steps, in which the pipeline fills, and over
 a multiple of K steps, as DDG's durations repeat after K at most. With --link, each rank has a network namespace, as if
-on a machine of its own, and `tc` limits what it sends.
+on a machine of its own, and `tc` limits what it sends. Prints a table and writes a picture.
 """
 
 import argparse
@@ -19,9 +19,11 @@ import signal
 import statistics
 import tempfile
 import time
+from pathlib import Path
 
 import utils
 
+import matplotlib.pyplot as plt
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -52,8 +54,11 @@ def parse_args(argv=None):
     add("--link", nargs="+", type=link, default=[], metavar="RATE", help="none, or such as 1gbit 100mbit; as root")
     add("--precision", choices=["fp32", "tf32", "bf16"], default="fp32", help="of the forward passes: fp32")
     add("--no-cuda", action="store_true", help="use the CPU even if there are GPUs")
+    add("--picture", default="benchmark.png", help="to write: benchmark.png")
     parser.set_defaults(seed=0, compile=False, bn_init="ones")
     args = parser.parse_args(argv)
+    if not Path(args.picture).absolute().parent.is_dir():
+        parser.error(f"--picture {args.picture}: there is no such folder")
     try:
         models.cut(args.depth, args.num_splits)
     except ValueError as error:
@@ -172,6 +177,27 @@ def main(argv=None):
         peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in memory[method])
         spread = f"{min(values):.1f} to {max(values):.1f}"
         print(f"| {rate or 'none'} | {method} | {statistics.median(values):.1f} | {spread} | {ratio} | {peaks} |")
+    draw(args, rates, memory)
+
+
+def draw(args, rates, memory):
+    figure, (speed, peak) = plt.subplots(1, 2, figsize=(10, 3.5), width_ratios=[2, 1])
+    limits, width = list(dict.fromkeys(rate for rate, _ in rates)), 0.8 / len(args.methods)
+    for i, method in enumerate(args.methods):
+        values = [rates[rate, method] for rate in limits]
+        medians = [statistics.median(v) for v in values]
+        errors = [[m - min(v) for m, v in zip(medians, values)], [max(v) - m for m, v in zip(medians, values)]]
+        speed.bar([n + i * width for n in range(len(limits))], medians, width, yerr=errors, label=method)
+        peak.bar([n + i * width for n in range(args.num_splits)], [b / 2**20 for b in memory[method]], width)
+    middle = 0.4 - width / 2
+    speed.set_xticks([n + middle for n in range(len(limits))], [rate or "no limit" for rate in limits])
+    speed.set(title=f"ResNet-{args.depth}, K = {args.num_splits}", xlabel="link", ylabel="images/s")
+    peak.set_xticks([n + middle for n in range(args.num_splits)], range(1, args.num_splits + 1))
+    peak.set(xlabel="module", ylabel="peak MiB")
+    figure.legend(*speed.get_legend_handles_labels(), loc="outside right upper")
+    figure.tight_layout()
+    figure.savefig(args.picture, dpi=100)
+    print(f"picture: {args.picture}")
 
 
 if __name__ == "__main__":

@@ -970,6 +970,14 @@ def test_the_audit_tells_a_step_that_does_not_repeat(declared, monkeypatch):
     assert cheat(monkeypatch, Counts) == [f"module {n} {text}" for n in (1, 2)]
 
 
+def test_the_audit_tells_a_loss_that_is_not_finite(monkeypatch):
+    class Divides(Honest):
+        def loss(self, logits, more, images, labels):
+            return super().loss(logits, more, images, labels) / 0
+
+    assert cheat(monkeypatch, Divides) == [f"module {n} has a loss or gradients that are not finite" for n in (1, 2)]
+
+
 @pytest.mark.parametrize("declared", ["", "weights of the next block"])  # which is for after a step
 def test_the_audit_finds_weights_read_without_a_gradient(declared, monkeypatch):
     class Peeks(Honest):
@@ -1078,6 +1086,7 @@ def test_a_failed_audit_ends_with_status_1(monkeypatch, capsys):
         (["--lambdas", 1, 2, 3, 4], ["--lambdas has no effect on --method dgl"]),
         (["--method", "checkpoint", "--dgl-hidden", 3], ["--dgl-hidden has no effect on --method checkpoint"]),
         (["--method", "backprop", "--auglocal-depth", 1], ["--auglocal-depth has no effect on --method backprop"]),
+        (["--epochs", 5, "--warmup", 5], ["--warmup 5: fewer than --epochs, which are 5"]),
     ],
     ids=str,
 )
