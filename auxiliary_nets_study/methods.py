@@ -106,7 +106,8 @@ class PredSim(LocalLoss, name="predsim"):
     """0.01 cross-entropy + 0.99 similarity matching (Nøkland and Eidnes, arXiv 1901.06656).
 
     The similarities of a batch's features, the deviations of each channel of a 3x3 convolution over its pixels, should
-    match those of its one-hot labels.
+    match those of its one-hot labels. The classifier reads the output, averaged to the largest square with a power of
+    two as its side and at most 1024 numbers.
     """
 
     def __init__(self, place, args):
@@ -128,8 +129,8 @@ class PredSim(LocalLoss, name="predsim"):
 class InfoPro(LocalLoss, name="infopro"):
     """l1 * reconstruction error + l2 * cross-entropy, or supervised contrastive loss (Wang et al., arXiv 2101.10832).
 
-    The decoder must restore the image, so that a module keeps what later ones may need. The weights go linearly from
-    the first to the last but one module; see `loss_weights`.
+    The decoder must restore the image, so that a module keeps what later ones may need. Its convolutions start as in
+    torch. The weights go linearly from the first to the last but one module; see `loss_weights`.
     """
 
     flags = ("infopro_loss", "lambdas")
@@ -201,7 +202,8 @@ class AugLocal(LocalLoss, name="auglocal"):
     """Cross-entropy of an auxiliary network of blocks with the widths of later layers (Ma et al., arXiv 2402.17318).
 
     There, every layer is a module. With larger ones, the depth is that of the k-th of K modules, and the widths are
-    those after the module's last layer.
+    those after the module's last layer. Halves are rounded to the even number. With one block, a BatchNorm1d precedes
+    the linear layer, also where only one layer is left.
     """
 
     flags = ("auglocal_depth",)
@@ -239,8 +241,8 @@ def auglocal_layers(layer, num_layers, depth):
 class MAN(InfoPro, name="man"):
     """InfoPro, softmax, that reads copy(h) + ema(h) (momentum auxiliary network; Su et al., arXiv 2407.05623).
 
-    Both start as copies of the next module's first block. `copy` learns with the module; `ema` is the
-    moving average of that block's weights, which module-parallel training would have to send now and then.
+    Both start as copies of the next module's first block. `copy` learns with the module; `ema` is the moving average of
+    that block's weights, which module-parallel training would have to send now and then.
     """
 
     flags = ("lambdas",)

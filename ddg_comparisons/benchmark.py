@@ -181,7 +181,7 @@ def main(argv=None):
 
 
 def draw(args, rates, memory):
-    figure, (speed, peak) = plt.subplots(1, 2, figsize=(10, 3.5), width_ratios=[2, 1])
+    figure, (speed, peak) = plt.subplots(1, 2, figsize=(10, 3.5), width_ratios=[2, 1], layout="constrained")
     limits, width = list(dict.fromkeys(rate for rate, _ in rates)), 0.8 / len(args.methods)
     for i, method in enumerate(args.methods):
         values = [rates[rate, method] for rate in limits]
@@ -195,7 +195,6 @@ def draw(args, rates, memory):
     peak.set_xticks([n + middle for n in range(args.num_splits)], range(1, args.num_splits + 1))
     peak.set(xlabel="module", ylabel="peak MiB")
     figure.legend(*speed.get_legend_handles_labels(), loc="outside right upper")
-    figure.tight_layout()
     figure.savefig(args.picture, dpi=100)
     print(f"picture: {args.picture}")
 

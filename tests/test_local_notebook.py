@@ -56,13 +56,14 @@ def test_errors_memory_and_flops(texts, tmp_path, monkeypatch):
     error, points = draw(tmp_path, monkeypatch)
     assert error is None
     assert (tmp_path / "picture.png").stat().st_size > 20_000
-    here = points[points["from"] == "here"].set_index("method")
-    assert {*here.index} == {*RUNS}
-    for method, row in here.iterrows():
-        last = texts[method].splitlines()[-1]
+    here = points[points["from"] == "here"].set_index(["method", "K"])
+    numbers = {(method, [1, *RUNS[method]][-1]) for method in RUNS}
+    assert {*here.index} == {*numbers, ("checkpoint", 3)}  # which has no log
+    for (method, K), row in here.iterrows():
+        last = texts["backprop" if method == "checkpoint" else method].splitlines()[-1]
         assert row.error == pytest.approx(100 - float(last.rpartition("top1:")[2]))
-        assert (row.depth, row.data, row.epochs, row.K) == (8, "digits, 20 training", 2, ([1, *RUNS[method]])[-1])
-        text = run(SCRIPT, *QUICK, *flags(method), "--costs", cwd=tmp_path)[1]
+        assert (row.depth, row.data, row.epochs) == (8, "digits, 20 training", 2)
+        text = run(SCRIPT, *QUICK, *flags(method), "--num-modules", K, "--costs", cwd=tmp_path)[1]
         rows = re.findall(r"^\| ([a-z]+) \| \d \| [\d,]+ \| ([\d.]+) \| ([\d.]+) \|$", text, re.MULTILINE)
         (_, backprop, _), (_, flops, mebibytes) = rows[0], next(row for row in rows if row[0] == method.split()[0])
         assert row.MiB == pytest.approx(float(mebibytes), abs=0.06)
