@@ -20,6 +20,7 @@ import collections
 import contextlib
 import copy
 import io
+import itertools
 import math
 import os
 import queue
@@ -36,9 +37,9 @@ from tqdm import tqdm
 
 import cifar
 import transport
-from buffer import ProductQuantizer, available_memory
+from buffer import ProductQuantizer
 from cifar_buffer import evaluate
-from models import add_flags, check_flags, log_start, make_buffer, make_network
+from models import add_flags, check_flags, check_memory, log_start, make_buffer, make_network
 
 
 def parse_args(argv=None):
@@ -79,12 +80,13 @@ class Worker:
         self.args, self.n, self.parts, self.epoch_steps, self.device = args, n, parts, epoch_steps, device
         self.inputs, self.outputs, self.counts, self.disturbed = inputs, outputs, counts, disturbed
         self.block, self.auxiliary_net = parts
+        self.quantizer = outputs and outputs.quantizer
         self.epochs, self.scaler, self.meter = 0, cifar.grad_scaler(args, device), cifar.Meter(device)
         self.optimizer, self.autocast = self.new_optimizer(), utils.autocast(args, device)
         self.zeros = torch.zeros(args.batch_size, *shape, device=device) if args.idle else None  # what it then sends
         self.slowdown = args.slowdown if n == args.slow_layer // args.block_size else 1
         self.pace, self.due = self.slowdown * args.pace, time.monotonic()  # due: when the last step should end
-        self.before, self.reported, self.launched = None, collections.Counter(), collections.deque()
+        self.before, self.reported = None, collections.Counter()
 
     def train_epoch(self):
         """One epoch of module n (Algorithm 2)."""
@@ -121,7 +123,7 @@ class Worker:
             start = time.monotonic()
             with self.autocast:
                 self.send(self.zeros if self.args.idle else self.block(x), labels)
-            self.keep_up(ahead=1)
+            self.synchronize()
             time.sleep(max(0, pace - (time.monotonic() - start)))
 
     def new_optimizer(self):
@@ -159,7 +161,7 @@ class Worker:
         """
         start, disturbed, stretched = time.monotonic(), self.disturbed(), self.pace or self.slowdown > 1
         yield
-        self.keep_up(ahead=0 if stretched else 1)
+        self.synchronize()
         if stretched:
             now, begin = time.monotonic(), start if self.inputs.waited else max(self.due, start - self.pace)
             self.due = max(begin + self.pace, now + (self.slowdown - 1) * (now - start))
@@ -171,24 +173,22 @@ class Worker:
         self.counts["samples"] += 1
         self.before = now
 
-    def keep_up(self, ahead):
-        """On a GPU, wait until so many steps are unfinished at most: only finished ones are counted."""
-        self.launched.append(torch.get_device_module(self.device).Event())
-        self.launched[-1].record()
-        while len(self.launched) > ahead:
-            self.launched.popleft().synchronize()
+    def synchronize(self):
+        """On a GPU, wait until the step is finished: only finished ones are counted."""
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
 
     def pop_figures(self):
         """What has been counted since the last call. Steps and seconds: measured ones only."""
         counted = self.counts.copy()
         figures, self.reported = counted - self.reported, counted
-        if self.outputs and self.outputs.quantizer:
-            figures["errors"] = self.outputs.quantizer.pop_error()
+        if self.quantizer and not math.isnan(error := self.quantizer.pop_error()):  # before there was a codebook
+            figures.update(mse=error, mse_epochs=1)
         return figures
 
     def saved(self):
         parts = {"parts": self.parts, "optimizer": self.optimizer, "scaler": self.scaler}
-        return parts | ({"quantizer": self.outputs.quantizer} if self.outputs and self.outputs.quantizer else {})
+        return parts | ({"quantizer": self.quantizer} if self.quantizer else {})
 
     def state_dict(self):
         generator = self.inputs.generator.get_state() if self.n == 0 else None  # of the data's order
@@ -215,7 +215,7 @@ class Images:
 
     def __init__(self, batches):
         self.generator = batches.generator
-        self.endless = (batch for _ in iter(int, 1) for batch in tqdm(batches, disable=None, leave=False))
+        self.endless = (batch for _ in itertools.count() for batch in tqdm(batches, disable=None, leave=False))
 
     def sample(self):
         return next(self.endless)
@@ -233,7 +233,7 @@ class Received:
         self.buffer = make_buffer(args, shape, device, 1 if args.sync else None)
         self.message = make_message(self.buffer, device)
         self.free, self.changed, self.ended = threading.Semaphore(size), threading.Condition(), False
-        self.team, self.copies, self.counts = team, transport.Copies(device), counts
+        self.team, self.counts = team, counts
 
     def receive(self):
         """The thread."""
@@ -241,9 +241,9 @@ class Received:
             if self.queue:
                 self.free.acquire()
             self.team.receive(self.message)
-            if self.message.number < 0:
+            number, *tensors = self.message
+            if number < 0:
                 break
-            tensors = self.copies.to_device(self.message.tensors)
             if self.queue:
                 self.queue.put([tensor.clone() for tensor in tensors])
                 continue
@@ -254,12 +254,13 @@ class Received:
             self.ended = True
             self.changed.notify()
 
-    def put(self, labels, *codebook_and_stored):
-        buffer, (*codebook, stored) = self.buffer, codebook_and_stored
+    def put(self, labels, *stored):
+        buffer = self.buffer
         self.counts["unused"] += buffer.uses.get(buffer.count - len(buffer.labels)) == 0  # and about to be overwritten
-        if codebook:
-            buffer.quantizer.codebook.copy_(*codebook)
-        buffer.put_stored(stored, labels)
+        if buffer.quantizer:
+            codebook, *stored = stored
+            buffer.quantizer.codebook.copy_(codebook)
+        buffer.put_stored(*stored, labels)
 
     def sample(self):
         """(representation, labels) of a batch that `--buffer-sampling` chooses. None if the job is over."""
@@ -286,9 +287,9 @@ class Sending:
 
     def __init__(self, args, shape, device, team, counts):
         self.quantizer = args.quantize and ProductQuantizer(shape[0], *args.quantize, seed=args.seed).to(device)
-        self.message = make_message(make_buffer(args, shape, "meta", 1), device)
-        self.plain_bytes = args.batch_size * (4 * math.prod(shape) + 8)  # a batch in float32, and its labels
-        self.team, self.copies, self.counts, self.sync = team, transport.Copies(device), counts, args.sync
+        buffer = make_buffer(args, shape, "meta", 1)
+        self.message, self.plain_bytes = make_message(buffer, device), buffer.uncompressed_bytes()
+        self.team, self.counts, self.sync = team, counts, args.sync
         self.changed, self.waiting, self.busy = threading.Condition(), None, False
         team.thread(self.run)
 
@@ -303,35 +304,37 @@ class Sending:
 
     def replace(self, batch):
         """Let the batch wait. An empty one: there are no more."""
-        computed = self.copies.event()
         with self.changed:
-            while self.sync and (self.waiting or self.busy):
+            while self.sync and (self.waiting is not None or self.busy):
                 self.changed.wait()
             self.counts["dropped"] += self.waiting is not None
-            self.waiting = batch, computed
+            self.waiting = batch
             self.changed.notify_all()
 
     def run(self):
         """The thread."""
-        tensors = True
-        while tensors:
+        batch, (number, *tensors) = True, self.message
+        while batch:
             with self.changed:
                 while self.waiting is None:
                     self.changed.wait()
-                (tensors, computed), self.waiting, self.busy = self.waiting, None, True
-            self.message.number.fill_(self.counts["sent"] if tensors else -1)
-            self.copies.to_cpu(tensors, self.message.tensors, computed)
+                batch, self.waiting, self.busy = self.waiting, None, True
+            number.fill_(self.counts["sent"] if batch else -1)
+            for tensor, source in zip(tensors, batch):
+                tensor.copy_(source)
             self.team.send(self.message)
-            self.counts.update(sent=1, bytes=self.message.memory.nbytes, plain_bytes=self.plain_bytes)
+            size = sum(tensor.nbytes for tensor in self.message)
+            self.counts.update(sent=1, bytes=size, plain_bytes=self.plain_bytes)
             with self.changed:
                 self.busy = False
                 self.changed.notify_all()
 
 
 def make_message(buffer, device):
-    """For a batch's labels, its codebook if there is one, and its representation, as the buffer stores them."""
+    """On the CPU: a batch's number (-1: there are no more), labels, codebook if there is one, and what is stored."""
     codebook = [buffer.quantizer.codebook] if buffer.quantizer else []
-    return transport.Message([buffer.labels[0], *codebook, buffer.stored[0]], device)
+    parts, pin = [buffer.labels[0], *codebook, buffer.stored[0]], device.type == "cuda"
+    return [torch.zeros(1).long(), *(torch.empty(t.shape, dtype=t.dtype, pin_memory=pin) for t in parts)]
 
 
 # Rank 0's other job, in a thread of its own: test, log and checkpoint
@@ -349,7 +352,7 @@ class Member:
         self.state = torch.load(io.BytesIO(news["state"]), map_location="cpu", weights_only=True)
         self.parts.load_state_dict(self.state["parts"])
         self.recent.append(news.get("top1", 0.0))  # idle workers have none
-        self.figures.update({**news["figures"], "epochs": 1})
+        self.figures.update(news["figures"])
 
     def pop(self):
         """(train accuracy, figures) since the last call."""
@@ -414,8 +417,8 @@ def log_figures(run, when, figures):
         if count["sent"]:
             line += f", sent: {count['sent']}, dropped: {count['dropped']}, compression: "
             line += f"{count['plain_bytes'] / count['bytes']:.2f} ({count['bytes']:,} bytes)"
-        if "errors" in count:
-            line += f", relative MSE: {count['errors'] / count['epochs']:.4f}"
+        if count["mse_epochs"]:
+            line += f", relative MSE: {count['mse'] / count['mse_epochs']:.4f}"
         run.log(line)
 
 
@@ -443,12 +446,7 @@ def plan_buffers(args, shapes, size, device):
     here = [*range(1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))]  # ranks that share rank 0's memory
     if device.type == "cuda":
         here = [rank for rank in here if rank % torch.cuda.device_count() == 0]
-    needed, free = sum(buffers[rank - 1].num_bytes() for rank in here), available_memory(device)
-    if needed > free:
-        utils.fail(
-            f"{len(here)} buffers of {max(args.buffer, 1)} batches need {needed / 1e9:.2f} GB, and {free / 1e9:.2f} GB "
-            "are free: choose a smaller --buffer or --feature_size, or --quantize"
-        )
+    check_memory(args, [buffers[rank - 1] for rank in here], device)
     return buffers
 
 
@@ -473,8 +471,7 @@ def main(argv=None):
             if device.type == "cuda":
                 print("cifar_async.py has not been tried on a GPU yet", file=sys.stderr)
             jobs = [(args, data.num_classes, len(data.train), member.state) for member in members]
-        job = team.scatter(jobs)
-        args, num_classes, epoch_steps, state = job  # rank 0's: only it may see the checkpoint to resume
+        args, num_classes, epoch_steps, state = team.scatter(jobs)  # only rank 0 may see the checkpoint to resume
         if rank:
             device = set_up_device(args, size)
             network = make_network(args, num_classes, args.block_size)

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import cifar
-from buffer import available_memory
-from models import add_flags, check_flags, log_start, make_buffer, make_network
+from models import add_flags, check_flags, check_memory, log_start, make_buffer, make_network
 
 share = utils.at_least(0, float, below=1)
 
@@ -47,15 +46,8 @@ def parse_args(argv=None):
 
 def make_buffers(args, shapes, device):
     """A buffer after each layer but the last. A run that would not fit in memory ends here."""
-    needed = sum(make_buffer(args, shape, "meta").num_bytes() for shape in shapes[:-1])
     step = 6 * 4 * args.batch_size * max(math.prod(shape) for shape in shapes)  # an estimate: six outputs
-    free = available_memory(device)
-    if needed + step > free:
-        utils.fail(
-            f"{len(shapes) - 1} buffers of {max(args.buffer, 1)} batches need {needed / 1e9:.2f} GB, a step "
-            f"{step / 1e9:.2f} GB, and {free / 1e9:.2f} GB are free: choose a smaller --buffer or --feature_size, or "
-            "--quantize"
-        )
+    check_memory(args, [make_buffer(args, shape, "meta") for shape in shapes[:-1]], device, step)
     return [make_buffer(args, shape, device) for shape in shapes[:-1]]
 
 

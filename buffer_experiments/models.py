@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import cifar
-from buffer import PRIORITIES, SAMPLINGS, Buffer, ProductQuantizer, groups_and_codewords
+from buffer import PRIORITIES, SAMPLINGS, Buffer, ProductQuantizer, available_memory, groups_and_codewords
 from cifar import SIDE
 
 DOWNSAMPLINGS = ["maxpool", "avgpool", "stride", "psi"]
@@ -179,6 +179,17 @@ def make_buffer(args, shape, device, size=None):
     quantizer = args.quantize and ProductQuantizer(shape[0], *args.quantize, seed=args.seed).to(device)
     sampling = args.buffer_sampling, args.max_buffer_reuse, args.seed
     return Buffer(size or max(args.buffer, 1), args.batch_size, shape, device, dtype, quantizer, *sampling)
+
+
+def check_memory(args, buffers, device, step=0):
+    """End a run whose buffers, and the bytes of a step, do not fit into the free memory."""
+    needed, free = sum(buffer.num_bytes() for buffer in buffers), available_memory(device)
+    if needed + step > free:
+        utils.fail(
+            f"{len(buffers)} buffers of {max(args.buffer, 1)} batches need {needed / 1e9:.2f} GB"
+            + f", a step {step / 1e9:.2f} GB" * (step > 0)
+            + f", and {free / 1e9:.2f} GB are free: choose a smaller --buffer or --feature_size, or --quantize"
+        )
 
 
 def log_start(run, args, buffers, slowdown):

@@ -15,13 +15,11 @@ import threading
 import time
 import traceback
 
-import torch
 import torch.distributed as dist
 
 import machines
 
 FOREVER = datetime.timedelta(days=365)  # may pass between two messages: a module may be slow
-BATCH = 1  # tag of a batch; that of news is 0
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 
 
@@ -77,11 +75,13 @@ class Team:
 
     def send(self, message):
         with self.blame(f"Rank {self.rank + 1}"):
-            dist.send(message.memory, self.rank + 1, tag=BATCH)
+            for tag, tensor in enumerate(message, start=1):  # 0 is the tag of news
+                dist.send(tensor, self.rank + 1, tag=tag)
 
     def receive(self, message):
         with self.blame(f"Rank {self.rank - 1}"):
-            dist.recv(message.memory, self.rank - 1, tag=BATCH)
+            for tag, tensor in enumerate(message, start=1):
+                dist.recv(tensor, self.rank - 1, tag=tag)
 
     def finished(self):
         """Whether rank 0 has set `done`, and all others have called this. It does not wait."""
@@ -176,48 +176,3 @@ class Team:
                 if self.store.add("ended", 0) and not self.closing.wait(1):  # torchrun names who ends first
                     with self.speaking:
                         os._exit(1)
-
-
-class Message:
-    """A batch as it is sent: one piece of CPU memory, pinned for a GPU, with a number and tensors like these in it."""
-
-    def __init__(self, tensors, device):
-        sizes = [8, *(tensor.nbytes for tensor in tensors)]
-        self.memory = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=device.type == "cuda")
-        number, *parts = self.memory.split(sizes)
-        self.number = number.view(torch.int64)  # of the batch; -1: there are no more
-        self.tensors = [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors)]
-
-
-class Copies:
-    """Copies between a GPU and the CPU, on a stream of their own, so that they wait for nothing but their tensors.
-
-    On a CPU, torch's streams and events do nothing.
-    """
-
-    def __init__(self, device):
-        self.device, self.api = device, torch.get_device_module(device)
-        self.stream = self.api.Stream(device)
-
-    def event(self):
-        """All that the current stream has been given so far."""
-        event = self.api.Event()
-        event.record()
-        return event
-
-    def to_cpu(self, sources, targets, computed):
-        with self.api.stream(self.stream):
-            computed.wait()
-            for source, target in zip(sources, targets):
-                target.copy_(source, non_blocking=True)
-            copied = self.event()
-        copied.synchronize()
-
-    def to_device(self, sources):
-        with self.api.stream(self.stream):
-            tensors = [source.to(self.device, non_blocking=True) for source in sources]
-            copied = self.event()
-        copied.synchronize()
-        for tensor in tensors if self.device.type == "cuda" else []:  # its memory is free when this stream has read it
-            tensor.record_stream(self.api.current_stream(self.device))
-        return tensors

@@ -15,29 +15,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 import cifar
-from models import ResNet, cut
+from models import ResNet, add_flags, check_cut
 
 
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
     cifar.add_cuda_graph_flag(parser)
-    add = parser.add_argument
-    add("--num_splits", type=utils.at_least(1), default=2, help="K in the other methods; here only the n in the log")
-    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet, 6n+2")
-    add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
-    add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
-    add("--epochs", type=utils.at_least(1), default=300, help="passes over the training set")
-    drops = {"type": utils.at_least(1), "nargs": "*", "default": [150, 225], "metavar": "EPOCH"}
-    add("--drops", **drops, help="when these epochs begin, the learning rate is divided by 10")
-    add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and the order of the data")
+    add = add_flags(parser)
     add("--log-interval", type=utils.at_least(0), default=0, help="print the loss every N batches (0: never)")
-    args = parser.parse_args(argv)
-    try:
-        cut(args.depth, args.num_splits)
-    except ValueError as error:
-        parser.error(error)
-    return args
+    return check_cut(parser, parser.parse_args(argv))
 
 
 def make_optimizer(model):

@@ -19,28 +19,16 @@ from torch.func import functional_call
 from tqdm import tqdm
 
 import cifar
-from models import ResNet, cut
+from cifar_ddg import evaluate, make_optimizers, set_learning_rate
+from models import ResNet, add_flags, check_cut
 
 
 def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
-    add = parser.add_argument
-    add("--num_splits", type=utils.at_least(1), default=2, help="number of modules (K)")
-    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet, 6n+2")
-    add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
-    add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
-    add("--epochs", type=utils.at_least(1), default=300, help="passes over the training set")
-    drops = {"type": utils.at_least(1), "nargs": "*", "default": [150, 225], "metavar": "EPOCH"}
-    add("--drops", **drops, help="when these epochs begin, the learning rate is divided by 10")
-    add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and the order of the data")
+    add = add_flags(parser)
     add("--log-interval", type=utils.at_least(0), default=0, help="print the loss every N batches (0: never)")
-    args = parser.parse_args(argv)
-    try:
-        cut(args.depth, args.num_splits)
-    except ValueError as error:
-        parser.error(error)
-    return args
+    return check_cut(parser, parser.parse_args(argv))
 
 
 class Delays:
@@ -67,17 +55,6 @@ class Delays:
 def replay(block, x):
     """The block's output on x with its current weights. Leaves its running statistics alone: they include x already."""
     return functional_call(block, {name: b.clone() for name, b in block.named_buffers()}, (x,))
-
-
-def make_optimizers(model):
-    """One per module, because modules take their first step at different iterations."""
-    return [cifar.sgd([block], lr=0.01, weight_decay=5e-4, nesterov=True) for block in model.blocks]
-
-
-def set_learning_rate(optimizers, epoch, drops=(150, 225)):
-    """0.01, divided by 10 when each epoch of `drops` begins. Epochs count from 1."""
-    for optimizer in optimizers:
-        optimizer.param_groups[0]["lr"] = 0.01 * 0.1 ** sum(epoch >= drop for drop in drops)
 
 
 def train_epoch(model, optimizers, scalers, autocast, batches, meter, delays, log_interval=0):
@@ -117,18 +94,6 @@ def train_epoch(model, optimizers, scalers, autocast, batches, meter, delays, lo
         meter.update(loss, logits, labels)
         if log_interval and i % log_interval == 0:
             print(f"batch {i} of {len(batches)}, loss: {loss.item():.5f}")
-
-
-@torch.no_grad()
-def evaluate(model, autocast, batches):
-    """Top-1 accuracy in %."""
-    model.eval()
-    correct = torch.zeros((), device=batches.device)
-    for images, labels in batches:
-        with autocast:
-            logits = model(images)
-        correct += (logits.argmax(1) == labels).sum()
-    return (100 * correct / len(batches.labels)).item()
 
 
 def main(argv=None):

@@ -5,6 +5,8 @@ Shapes are (B, C, H, W). The three stages have C = 16, 32, 64 channels and sides
 
 import math
 
+import utils
+
 import torch.nn.functional as F
 from torch import nn
 
@@ -131,3 +133,28 @@ class DGLNet(nn.Module):
                 x = block(x)
         representation = self.blocks[n](x)
         return self.auxiliary_nets[n](representation), representation
+
+
+# Flags, the same in all scripts
+
+
+def add_flags(parser):
+    """Returns the parser's add_argument, for further ones."""
+    add = parser.add_argument
+    add("--num_splits", type=utils.at_least(1), default=2, help="number of modules (K); in backprop only the log's n")
+    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet, 6n+2")
+    add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
+    add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
+    add("--epochs", type=utils.at_least(1), default=300, help="passes over the training set")
+    drops = {"type": utils.at_least(1), "nargs": "*", "default": [150, 225], "metavar": "EPOCH"}
+    add("--drops", **drops, help="when these epochs begin, the learning rate is divided by 10")
+    add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and the order of the data")
+    return add
+
+
+def check_cut(parser, args):
+    try:
+        cut(args.depth, args.num_splits)
+    except ValueError as error:
+        parser.error(error)
+    return args

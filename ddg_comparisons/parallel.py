@@ -46,23 +46,10 @@ def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
     cifar.add_bn_init_flag(parser)
-    add = parser.add_argument
-    add("--method", choices=METHODS, default="dgl", help="how the modules are trained")
-    add("--num_splits", type=utils.at_least(1), default=2, help="number of modules (K) and of processes")
-    add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet, 6n+2")
-    add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
-    add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")
-    add("--epochs", type=utils.at_least(1), default=300, help="passes over the training set")
-    drops = {"type": utils.at_least(1), "nargs": "*", "default": [150, 225], "metavar": "EPOCH"}
-    add("--drops", **drops, help="when these epochs begin, the learning rate is divided by 10")
-    add("--seed", type=utils.at_least(0), default=1, help="seeds the initial weights and the order of the data")
-    args = parser.parse_args(argv)
+    models.add_flags(parser)("--method", choices=METHODS, default="dgl", help="how the modules are trained")
+    args = models.check_cut(parser, parser.parse_args(argv))
     if args.bn_init != "ones" and args.method != "dgl":
         parser.error(f"--bn-init has no effect on --method {args.method}: only auxiliary networks start as published")
-    try:
-        models.cut(args.depth, args.num_splits)
-    except ValueError as error:
-        parser.error(error)
     if os.environ.get("WORLD_SIZE") != str(K := args.num_splits):
         start = f"torchrun --standalone --nproc_per_node={K} parallel.py"
         parser.error(f"--num_splits {K} needs {K} processes: start with {start}")

@@ -6,6 +6,7 @@ neither on the number of workers nor on the number of ranks.
 """
 
 import dataclasses
+import functools
 import itertools
 import os
 import shutil
@@ -129,10 +130,6 @@ def collate(items, fill=False):
     return torch.stack(images, out=batch), labels, bad
 
 
-def fill_up(items):
-    return collate(items, fill=True)
-
-
 def set_signals(_):
     """In a worker: Ctrl-C is for the main process, which ends its workers."""
     for number in (signal.SIGINT, signal.SIGHUP):
@@ -154,8 +151,7 @@ class Batches:
             images,
             batch_sampler=Order(len(images), args.batch_size, generator, max_batches, pipeline),
             num_workers=args.workers,
-            prefetch_factor=PREFETCH if args.workers else None,
-            collate_fn=fill_up if generator else collate,
+            collate_fn=functools.partial(collate, fill=generator is not None),
             pin_memory=device.type == "cuda",
             persistent_workers=args.workers > 0,
             worker_init_fn=set_signals,

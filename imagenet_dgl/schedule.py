@@ -12,6 +12,7 @@ table and writes a picture. benchmark.py compares the computation with a real ru
 import argparse
 import statistics
 import time
+from pathlib import Path
 
 import utils
 
@@ -177,20 +178,23 @@ def rates(measured, bytes_per_second, microbatches):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: utils.fail(f"{message} (see --help)")
-    add = parser.add_argument
+    add, gigabits = parser.add_argument, utils.at_least(0, float, above=True)
     add("-a", "--arch", default="efficientnet_v2_l", help="efficientnet_v2_l, or another of torchvision's")
     counts = {"nargs": "+", "default": [1, 2, 4, 8, 16, 32, 64], "metavar": "K"}
     add("--num-modules", type=utils.at_least(1), **counts, help="modules, and machines: 1 2 4 8 16 32 64")
     add("-b", "--batch-size", type=utils.at_least(2), default=32, help="images in a batch: 32")
     add("--image-size", type=utils.at_least(16), default=64, metavar="PIXELS", help="side of the images: 64")
-    add("--links", type=float, nargs="+", default=[1, 10, 100], metavar="GBIT", help="Gbit/s of a link: 1 10 100")
+    add("--links", type=gigabits, nargs="+", default=[1, 10, 100], metavar="GBIT", help="Gbit/s of a link: 1 10 100")
     add("--send-precision", choices=PRECISIONS, default="fp32", help="of what DGL's modules send: fp32")
     add("--microbatches", type=utils.at_least(1), default=8, help="of GPipe and 1F1B: 8")
     add("--steps", type=utils.at_least(1), default=5, help="measured of each module: 5")
     add("--threads", type=utils.at_least(1), default=1, help="on a CPU: 1")
     add("--no-cuda", action="store_true", help="use the CPU even if there is a GPU")
     add("--picture", default="schedule.png", help="to write: schedule.png")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if not Path(args.picture).absolute().parent.is_dir():
+        parser.error(f"--picture {args.picture}: there is no such folder")
+    return args
 
 
 def main(argv=None):

@@ -38,7 +38,6 @@ def make_parser(file, doc):
     add("--half", action="store_true", help="16-bit training with loss scaling (--precision fp16); needs a GPU")
     add("--dynamic-loss-scale", action="store_true", help="with --half: a loss scale that adapts itself")
     add("--static-loss-scale", type=positive, help="with --half: a fixed loss scale (default: 1), if not dynamic")
-    add("--apex", action="store_true", help="the FusedSGD of NVIDIA's apex instead of torch's")
     add("--sync-bn", action="store_true", help="BatchNorm over the images of all ranks; needs GPUs")
     add("-p", "--print-freq", type=utils.at_least(0), default=10, help="batches between lines on the screen; 0: none")
     add("--start_epoch", type=utils.at_least(0), default=0, help="epoch to begin with (from 0), in a new run")
@@ -107,33 +106,14 @@ def to_device(model, args, device, group=None):
     return utils.to_device(model, args, device)
 
 
-def learning_rate(args, epoch):
-    """--lr, divided by 10 at every multiple of --epochdecay above 0; epochs count from 0, in imagenet.py from 1."""
-    return args.lr / 10 ** (epoch // args.epochdecay)
-
-
 def make_optimizers(modules, args, device, epoch):
-    """For each module a new SGD, with the learning rate of the epoch, and a new loss scaler."""
-    return [make_sgd(module, args, device, epoch) for module in modules], [grad_scaler(args, device) for _ in modules]
+    """For each module a new loss scaler, and a new SGD: --lr, divided by 10 at every multiple of --epochdecay above 0.
 
-
-def make_sgd(module, args, device, epoch):
-    options = learning_rate(args, epoch), args.momentum, args.weight_decay
-    if not args.apex:
-        return sgd(module.parameters(), *options)
-    try:
-        from apex.optimizers import FusedSGD
-    except ImportError:
-        utils.fail(
-            "--apex: NVIDIA's apex is not installed (build it from https://github.com/NVIDIA/apex; the package called "
-            "apex on the package index is something else); without --apex, torch's own fused SGD is used"
-        )
-    if device.type != "cuda":
-        utils.fail("--apex needs a GPU")
-    try:
-        return FusedSGD(module.parameters(), **dict(zip(("lr", "momentum", "weight_decay"), options)))
-    except RuntimeError as error:  # built without its CUDA extensions
-        utils.fail(f"--apex: {error}")
+    Epochs count from 0, in imagenet.py from 1.
+    """
+    lr = args.lr / 10 ** (epoch // args.epochdecay)
+    optimizers = [sgd(module.parameters(), lr, args.momentum, args.weight_decay) for module in modules]
+    return optimizers, [grad_scaler(args, device) for _ in modules]
 
 
 def sgd(parameters, lr, momentum, weight_decay):

@@ -317,6 +317,11 @@ def test_benchmark_over_links(tmp_path):
     assert float(speed) == pytest.approx(0.05, rel=0.1)
 
 
+def test_mistakes_in_the_flags_of_the_schedule(tmp_path):
+    for flags, message in [(["--links", 0], "above 0"), (["--picture", "nowhere/x.png"], "there is no such folder")]:
+        refused(run("imagenet_dgl/schedule.py", *flags, cwd=tmp_path), flags[0], message)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL])
 def test_no_rank_is_left(end, tmp_path):

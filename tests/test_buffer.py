@@ -978,9 +978,9 @@ def test_the_notebook_runs(logs, tmp_path):
 def test_memory_is_compared_with_what_is_free(monkeypatch):
     buffers = make("--buffer", 3).buffers
     needed, step = sum(b.num_bytes() for b in buffers), 6 * 4 * BATCH * 4 * 32 * 32
-    monkeypatch.setattr(script, "available_memory", lambda device: needed + step)
+    monkeypatch.setattr(models, "available_memory", lambda device: needed + step)
     make("--buffer", 3)
-    monkeypatch.setattr(script, "available_memory", lambda device: needed + step - 1)
+    monkeypatch.setattr(models, "available_memory", lambda device: needed + step - 1)
     with pytest.raises(SystemExit, match="2"):
         make("--buffer", 3)
     make("--buffer", 3, "--quantize", "1,4")  # fits

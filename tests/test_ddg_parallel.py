@@ -220,12 +220,14 @@ def test_benchmark(tmp_path):
     links = [] if load("ddg_comparisons", "links").why_not() else ["none", "100mbit"]
     done = python(ROOT / "ddg_comparisons/benchmark.py", *tiny, *(["--link", *links] * bool(links)), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert (tmp_path / "benchmark.png").stat().st_size > 10_000
     for link in links or ["none"]:
         for method in ONE_PROCESS:
             assert len(re.findall(table.format(link, method), done.stdout, re.MULTILINE)) == 1
     for flags, message in [
         (["--depth", 9], "--depth 9 is not 6n+2"),
         (["--link", "fast"], "'fast' is not a rate"),
+        (["--picture", "nowhere/x.png"], "there is no such folder"),
     ]:
         done = python(ROOT / "ddg_comparisons/benchmark.py", *tiny, *flags, cwd=tmp_path)
         refused((done.returncode, done.stdout, done.stderr), message)

@@ -150,11 +150,8 @@ def test_a_run(script, flags, pretended_gpu, monkeypatch, tmp_path):
 def test_a_worker_of_cifar_async(pretended_gpu, monkeypatch):
     """A batch arrives on the CPU, and one leaves on the GPU, from where the sending thread fetches it."""
     module, count = Pretended("buffer_experiments/cifar_async.py", monkeypatch).module, Counter()
-    for name in ("Event", "Stream"):
-        monkeypatch.setattr(torch.cuda, name, getattr(torch.cpu, name))
-    monkeypatch.setattr(torch.cuda, "stream", torch.cpu.stream)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: None)
-    monkeypatch.setattr(torch.Tensor, "record_stream", lambda *_: None)
+    stream = argparse.Namespace(synchronize=lambda: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: stream)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *shape, pin_memory=False, **options: empty(*shape, **options))
     flags = ["--buffer", "2", "--ncnn", "3", "--down", "[0]", "--feature_size", "4", "--batch_size", "5", "--seed", "1"]
@@ -163,15 +160,15 @@ def test_a_worker_of_cifar_async(pretended_gpu, monkeypatch):
         network = module.make_network(args, 10)
         parts = module.utils.to_device(nn.ModuleList([network.blocks[1], network.auxiliary_nets[1]]), args, CUDA)
         numbers = [-1, 0]  # of messages: the last one says that there are no more
-        receive = lambda message: setattr(message, "number", numbers.pop())  # noqa: E731
+        receive = lambda message: message.__setitem__(0, numbers.pop())  # noqa: E731
         team = argparse.Namespace(thread=lambda _: None, receive=receive)
         inputs = module.Received(args, network.shapes[0], CUDA, team, count)
         outputs = module.Sending(args, network.shapes[1], CUDA, team, count)
         worker = module.Worker(args, 1, parts, network.shapes[1], 2, CUDA, inputs, outputs, count, lambda: False)
-        assert {tensor.device.type for tensor in inputs.message.tensors} == {"cpu"}
+        assert {tensor.device.type for tensor in inputs.message[1:]} == {"cpu"}
         inputs.receive()
         worker.train_epoch()
-        (sent, _), message = outputs.waiting, outputs.message.tensors
+        sent, message = outputs.waiting, outputs.message[1:]
         assert {tensor.device.type for tensor in sent} == {"cuda"}
         assert [(t.shape, t.dtype) for t in sent] == [(t.shape, t.dtype) for t in message]
         worker.load_state_dict(tree_map_only(FakeTensor, lambda tensor: tensor.cpu(), worker.state_dict()))

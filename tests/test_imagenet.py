@@ -198,7 +198,6 @@ def test_mistakes(script, tree, tmp_path):
         ([*small, "--static-loss-scale", 2], "--half"),
         ([*small, "--half", "--precision", "bf16"], "--precision bf16"),
         ([*small, "--lr", "nan"], "--lr"),
-        ([*small, "--apex"], "the package called apex on the package index is something else"),
         ([*small, "--name", "a/b"], "--save_folder"),
         ([*small, "--name", "a_best"], "best checkpoints"),
         ([*small, "--sync-bn", "--no-cuda"], "--sync-bn needs GPUs"),
@@ -437,11 +436,11 @@ def test_a_worker_that_dies_ends_the_run_in_one_line(tree, tmp_path, monkeypatch
 
 def test_a_batch_keeps_its_size_when_an_image_cannot_be_read():
     good = [(torch.full((3, 2, 2), i, dtype=torch.uint8), i) for i in range(2)]
-    images, labels, bad = data.fill_up([good[0], (None, "x.jpg: no"), good[1], (None, "y.jpg: no")])
+    images, labels, bad = data.collate([good[0], (None, "x.jpg: no"), good[1], (None, "y.jpg: no")], fill=True)
     assert labels.tolist() == [0, 1, 0, 1]
     assert images[:, 0, 0, 0].tolist() == [0, 1, 0, 1]
     assert bad == ["x.jpg: no", "y.jpg: no"]
-    assert [len(part) for part in data.fill_up([(None, "x.jpg: no")])] == [0, 0, 1]
+    assert [len(part) for part in data.collate([(None, "x.jpg: no")], fill=True)] == [0, 0, 1]
 
 
 def test_dummy_and_debug(tmp_path, monkeypatch):
@@ -682,26 +681,6 @@ def test_loss_scales(flags, scales, monkeypatch):
 def test_half_without_a_gpu_is_float32_as_it_says(capsys):
     assert arguments("dgl", "x", "--half", "--precision", "fp16", "--no-cuda").precision == "fp32"
     assert "--half is float32" in capsys.readouterr().err
-
-
-def test_apex(monkeypatch):
-    made = []
-    fake = types.SimpleNamespace(FusedSGD=lambda parameters, **options: made.append(options))
-    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
-    monkeypatch.setitem(sys.modules, "apex.optimizers", fake)
-    training.make_sgd(small_net(), arguments("dgl", "x", "--apex"), torch.device("cuda"), 10)
-    assert made == [{"lr": pytest.approx(0.01), "momentum": 0.9, "weight_decay": 1e-4}]
-
-
-def test_apex_without_its_cuda_extensions(monkeypatch, capsys):
-    def refuse(parameters, **options):
-        raise RuntimeError("apex.optimizers.FusedSGD requires cuda extensions")
-
-    monkeypatch.setitem(sys.modules, "apex", types.ModuleType("apex"))
-    monkeypatch.setitem(sys.modules, "apex.optimizers", types.SimpleNamespace(FusedSGD=refuse))
-    with pytest.raises(SystemExit):
-        training.make_sgd(small_net(), arguments("dgl", "x", "--apex"), torch.device("cuda"), 0)
-    assert capsys.readouterr().err.endswith("error: --apex: apex.optimizers.FusedSGD requires cuda extensions\n")
 
 
 def test_tensorboard(tree, tmp_path, monkeypatch):

@@ -3,8 +3,8 @@
 import contextlib
 import copy
 import itertools
-import os
 import re
+import runpy
 import sys
 import time
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import ROOT, load, python, refused
+from conftest import ROOT, forked, load, refused
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.regnet import BlockParams
@@ -93,17 +93,17 @@ def test_every_architecture_is_torchvisions_and_can_be_cut(arch):
 # One a family, with small images; the number of modules; whether training mode has random numbers
 CHEAP = [
     slow("alexnet", 64, 3, True),
-    ("convnext_tiny", 32, 5, True),
+    slow("convnext_tiny", 32, 5, True),
     slow("densenet121", 32, 4, False),
     slow("efficientnet_b0", 32, 5, True),
     slow("efficientnet_v2_s", 32, 2, True),
-    ("googlenet", 32, 3, True),
+    slow("googlenet", 32, 3, True),
     slow("inception_v3", 75, 2, True),
     slow("maxvit_t", 224, 4, True),
     slow("mnasnet0_5", 32, 3, True),
     slow("mobilenet_v2", 32, 2, True),
-    ("mobilenet_v3_small", 32, 6, True),
-    ("regnet_y_400mf", 32, 2, False),
+    slow("mobilenet_v3_small", 32, 6, True),
+    slow("regnet_y_400mf", 32, 2, False),
     slow("resnext50_32x4d", 32, 3, False),
     ("shufflenet_v2_x0_5", 32, 4, False),
     ("squeezenet1_1", 32, 3, True),
@@ -706,10 +706,15 @@ def test_the_readmes_example_of_a_registered_network(tree, tmp_path):
     _, code = re.findall(r"```python\n(.*?)```", (ROOT / "imagenet_dgl/README.md").read_text(), re.DOTALL)
     (tmp_path / "mynet.py").write_text(code)
     flags = [tree, "--arch", "mynet", "--num-modules", 3, "--image-size", 32, "-b", 4, "--lr", 0.01, "--nepochs", 1]
-    flags += ["-j", 0, "--threads", 1]
-    options = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT / "imagenet_dgl")}}
-    done = python(tmp_path / "mynet.py", *flags, **options)
-    assert done.returncode == 0, done.stderr
-    assert re.findall(r"^n: (\d), epoch 0, train", done.stdout, re.MULTILINE) == ["0", "1", "2"]
-    done = python(tmp_path / "mynet.py", "--arch", "mynet2", tree, **options)
-    refused((done.returncode, done.stdout, done.stderr), "no architecture 'mynet2'")
+    flags += ["-j", 0, "--threads", 1, "--save_folder", tmp_path]
+
+    def script(*flags):
+        load("imagenet_dgl", "imagenet_dgl")
+        sys.argv, sys.stdout = ["mynet.py", *map(str, flags)], (tmp_path / "out").open("w")
+        runpy.run_path(str(tmp_path / "mynet.py"), run_name="__main__")
+
+    errors = tmp_path / "errors"
+    assert forked(script, *flags, errors=errors) == 0, errors.read_text()
+    assert re.findall(r"^n: (\d), epoch 0, train", (tmp_path / "out").read_text(), re.MULTILINE) == ["0", "1", "2"]
+    status = forked(script, tree, "--arch", "mynet2", errors=errors)
+    refused((status, "", errors.read_text()), "no architecture 'mynet2'")

@@ -65,7 +65,7 @@ def whole(tree, tmp_path_factory):
     [
         (3, ["--precision", "fp16", "--dynamic-loss-scale", "--send-precision", "int8"]),
         (4, ["--epochdecay", 1, "--send-precision", "bf16"]),
-        (2, ["--arch", "resnet18", "--image-size", 64, "--aux-size", "published", "--send-precision", "int8"]),
+        pytest.param(2, ["--arch", "resnet18", "--image-size", 64, "--aux-size", "published"], marks=pytest.mark.slow),
     ],
 )
 def test_equals_one_process_to_the_bit(num_modules, flags, whole, tree, tmp_path):

@@ -14,7 +14,7 @@ CPU = ["--threads", 1, "--no-cuda", "--epochs", 1]
 CIFAR = [*CPU, "--data", IMAGES, "--train-size", 10, "--batch-size", 5]  # two batches, and 10 test images
 TINY = {"imagenet": [*CPU, "--image-size", 32, "--batch-size", 15], "memory": ["--no-cuda", "--batch-size", 2]}
 TINY["imagenet_dgl"] = TINY["imagenet"]
-SLOW = ["cifar_async", "imagenet", "imagenet_dgl", "memory"]
+SLOW = ["cifar_async", "imagenet", "imagenet_dgl", "memory", "parallel"]
 
 
 def commands():
@@ -71,7 +71,6 @@ PUBLISHED = [  # script, flags, batch size, optimizers, the settings of each, le
     ("learning_curves/cifar_dgl.py", [], 128, 4, SGD, FALLING),
     ("learning_curves/cifar_sequential_greedy.py", [], 128, 1, SGD, FOUR_TIMES),
     ("dni_comparisons/cifar_cnn_dni.py", [], 256, 1, ADAM, {1: 3e-5, 2000: 3e-5}),
-    ("dni_comparisons/cifar_cnn_dni.py", ["--dni", "--context"], 256, 1, ADAM, {1: 3e-5, 2000: 3e-5}),
     ("dni_comparisons/cifar_cnn_dni.py", ["--sgd"], 256, 1, {**SGD, "weight_decay": 1e-5}, {1: 0.01, 2000: 0.01}),
     ("dni_comparisons/cifar_dgl.py", [], 256, 3, ADAM, {1: 3e-5, 1500: 3e-5}),
     ("ddg_comparisons/cifar_dgl.py", [], 128, 2, SGD, LATE),
