@@ -22,6 +22,7 @@ from sklearn.datasets import load_digits
 ROOT = Path(__file__).parent.parent
 # Modules of several folders, and those that import them
 COMMON_NAMES = ("audit", "cifar", "cifar_dgl", "costs", "dni", "machines", "methods", "models", "resnet", "utils")
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 def pytest_configure():
@@ -165,10 +166,25 @@ def log_of(folder):
     return [{k: v for k, v in arguments.items() if k not in ("cuda_graph", "resume", "save_folder")}, *rest]
 
 
+def epoch_lines(folder):
+    """The log's lines of modules and epochs."""
+    return [line for line in log_of(folder)[1:] if line.startswith("n: ")]
+
+
 def checkpoint_of(folder):
     """The one checkpoint in a folder, but for a best one."""
     (checkpoint,) = (path for path in Path(folder).glob("*.pt") if not path.stem.endswith("_best"))
     return torch.load(checkpoint, weights_only=True)
+
+
+def state(module):
+    """Copies of a module's parameters and buffers."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def equal(a, b):
+    """Whether two such are equal to the bit."""
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def assert_same(a, b):

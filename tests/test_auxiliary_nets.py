@@ -7,15 +7,11 @@ import pandas
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, load, notebook, run
+from conftest import DEVICES, ROOT, load, notebook, run
 from torch import nn
 
 SCRIPT = "auxiliary_nets_study/cifar_dgl.py"
 TYPES = ["mlp-sr", "mlp", "cnn"]
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.cuda),
-]
 dgl = load("auxiliary_nets_study", "cifar_dgl")
 cifar, utils = dgl.cifar, dgl.utils
 

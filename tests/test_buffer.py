@@ -17,7 +17,7 @@ import psutil  # comes with ipykernel
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_same_run, load, log_of, refused, run
+from conftest import ROOT, assert_same_run, equal, load, log_of, refused, run, state
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -48,14 +48,6 @@ def train(simulation):
     for epoch in range(1, simulation.args.epochs + 1):
         script.train_epoch(simulation, epoch)
     return simulation
-
-
-def state(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # The buffer

@@ -7,13 +7,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, assert_same_run, checkpoint_of, load, log_of, run
+from conftest import DEVICES, ROOT, assert_same_run, checkpoint_of, equal, load, log_of, run, state
 from torch import nn
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.cuda),
-]
 backprop = load("ddg_comparisons", "cifar_backprop")
 cifar, utils, models = backprop.cifar, backprop.utils, sys.modules["models"]
 METHODS = {"backprop": backprop}
@@ -59,14 +55,6 @@ class Training:
         parts = self.model, self.optimizers, self.scalers, self.autocast, batches, self.meters, *self.delays
         self.script.train_epoch(*parts)
         return self
-
-
-def state(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # The network

@@ -7,7 +7,7 @@ import types
 import conftest
 import pytest
 import torch
-from conftest import ROOT, assert_same, checkpoint_of, load, log_of, python, refused, run
+from conftest import ROOT, assert_same, checkpoint_of, epoch_lines, load, python, refused, run
 from forked_ranks import fork_ranks, run_ranks
 
 parallel = load("ddg_comparisons", "parallel")
@@ -24,16 +24,12 @@ def train(method, num_splits, *flags, cwd):
     assert run_ranks(num_splits, ranks, SCRIPT, *flags, folders=[cwd]) == [0] * num_splits
 
 
-def lines(folder):
-    return [line for line in log_of(folder)[1:] if line.startswith("n: ")]
-
-
 def assert_equals_one_process(folder, method, num_splits, *flags):
     one = folder / "one"
     script = f"ddg_comparisons/{ONE_PROCESS[method]}.py"
     status, _, errors = run(script, *SMALL, "--num_splits", num_splits, *flags, "--save_folder", one, cwd=folder)
     assert status == 0, errors
-    assert lines(folder) == lines(one) != []
+    assert epoch_lines(folder) == epoch_lines(one) != []
     a, b = checkpoint_of(folder), checkpoint_of(one)
     for key in ("epoch", "data", "generator"):
         assert_same(a[key], b[key])

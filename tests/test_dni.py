@@ -12,13 +12,9 @@ import matplotlib.pyplot as plt
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, load, notebook, run
+from conftest import DEVICES, ROOT, load, notebook, run
 from torch import nn
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.cuda),
-]
 FOLDER = ROOT / "dni_comparisons"
 dgl = load("dni_comparisons", "cifar_dgl")
 cnn = load("dni_comparisons", "cifar_cnn_dni")

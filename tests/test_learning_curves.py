@@ -5,13 +5,9 @@ import os
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, load, notebook, python
+from conftest import DEVICES, ROOT, equal, load, notebook, python, state
 from torch.utils._python_dispatch import TorchDispatchMode
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.cuda),
-]
 dgl = load("learning_curves", "cifar_dgl")
 sequential = load("learning_curves", "cifar_sequential_greedy")
 cifar, utils = dgl.cifar, dgl.utils
@@ -28,14 +24,6 @@ def make(device="cpu", seed=0, flags=()):
     images = torch.randint(256, (40, 32, 32, 3), dtype=torch.uint8)
     batches = cifar.Batches(images, torch.arange(40) % 10, 16, device, torch.Generator().manual_seed(seed))
     return model, optimizers, scalers, utils.autocast(args, device), batches
-
-
-def state(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
-def equal(a, b):
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def module_state(model, n):

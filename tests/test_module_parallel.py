@@ -10,7 +10,7 @@ import time
 import conftest
 import pytest
 import torch
-from conftest import ROOT, assert_same, checkpoint_of, load, run
+from conftest import ROOT, assert_same, checkpoint_of, copy_tree, epoch_lines, load, run
 from forked_ranks import fork_ranks, run_ranks
 
 load("imagenet_dgl", "imagenet_dgl")
@@ -32,13 +32,9 @@ def train(count, tree, *flags, cwd):
         assert run_ranks(count, ranks, SCRIPT, tree, *SMALL, *flags, folders=[cwd]) == [0] * count
 
 
-def lines(folder):
-    return [line for line in conftest.log_of(folder)[1:] if line.startswith("n: ")]
-
-
 def assert_equal(folder, other):
     """Equal to the bit: all that a checkpoint holds, and the log."""
-    assert lines(folder) == lines(other) != []
+    assert epoch_lines(folder) == epoch_lines(other) != []
     a, b = checkpoint_of(folder), checkpoint_of(other)
     for key in ("epoch", "data", "generator", "parts"):
         assert_same(a[key], b[key])
@@ -92,7 +88,7 @@ def test_replicas_equal_data_parallel_ranks(tree, tmp_path, monkeypatch):
     flags = "--num-modules", 2, "--nepochs", 1
     train(2, tree, *flags, cwd=tmp_path / "data")
     train(4, tree, *flags, "--module-parallel", cwd=tmp_path / "both")
-    assert lines(tmp_path / "data") == lines(tmp_path / "both") != []
+    assert epoch_lines(tmp_path / "data") == epoch_lines(tmp_path / "both") != []
     a, b = (checkpoint_of(tmp_path / name)["parts"]["model"] for name in ("data", "both"))
     for key in a:
         torch.testing.assert_close(a[key], b[key], rtol=1e-9, atol=1e-9)
@@ -100,11 +96,9 @@ def test_replicas_equal_data_parallel_ranks(tree, tmp_path, monkeypatch):
 
 def test_evaluate_and_images_that_cannot_be_read(tree, tmp_path, capfd):
     """A whole batch of the validation images is missing."""
-    copy = tmp_path / "tree"
-    for path in tree.glob("*/*/*"):
-        new = copy / path.relative_to(tree)
-        new.parent.mkdir(parents=True, exist_ok=True)
-        new.write_bytes(b"" if path.parts[-3] == "val" and path.parts[-2] == "class0" else path.read_bytes())
+    copy = copy_tree(tree, tmp_path / "tree")
+    for path in copy.glob("val/class0/*"):
+        path.write_bytes(b"")
     flags = "--num-modules", 2, "--nepochs", 1, "--skip-corrupt", "-b", 5
     train(1, copy, *flags, cwd=tmp_path / "one")
     capfd.readouterr()
@@ -114,15 +108,13 @@ def test_evaluate_and_images_that_cannot_be_read(tree, tmp_path, capfd):
     screen = capfd.readouterr().out
     assert all(re.search(spent.format(rank), screen, re.MULTILINE) for rank in (0, 1))
     train(2, copy, *flags, "--module-parallel", "--evaluate", "--resume", "auto", cwd=tmp_path / "parallel")
-    tested = [line.partition(" train ")[2].partition(", ")[2] for line in lines(tmp_path / "parallel")]
+    tested = [line.partition(" train ")[2].partition(", ")[2] for line in epoch_lines(tmp_path / "parallel")]
     assert [f"n: {n}, {line}" for n, line in enumerate(tested)] == re.findall("^n: .*", capfd.readouterr().out, re.M)
 
 
 def test_no_validation_image_can_be_read(tree, tmp_path, capfd, monkeypatch):
-    for path in tree.glob("*/*/*"):
-        new = tmp_path / "tree" / path.relative_to(tree)
-        new.parent.mkdir(parents=True, exist_ok=True)
-        new.write_bytes(b"" if path.parts[-3] == "val" else path.read_bytes())
+    for path in copy_tree(tree, tmp_path / "tree").glob("val/*/*"):
+        path.write_bytes(b"")
     sleep = time.sleep
     monkeypatch.setattr(time, "sleep", lambda seconds: sleep(min(seconds, 0.3)))
     flags = tmp_path / "tree", *SMALL, "--num-modules", 3, "--nepochs", 1, "--skip-corrupt", "--module-parallel"
@@ -140,7 +132,7 @@ def test_a_screen_that_fails_does_not_end_the_run(tree, tmp_path):
         return run(SCRIPT, *flags, cwd=tmp_path)[0]
 
     assert fork_ranks(2, work, ranks) == [0, 0]
-    assert len(lines(tmp_path)) == 2
+    assert len(epoch_lines(tmp_path)) == 2
 
 
 def test_balanced_by_time(tree, tmp_path, monkeypatch, capfd):
@@ -173,7 +165,7 @@ def test_balanced_by_time(tree, tmp_path, monkeypatch, capfd):
     checkpoint = tmp_path / "imagenet_dgl-imagenet_dgl.pt"
     capfd.readouterr()
     train(2, tree, "--module-parallel", "--evaluate", "--resume", checkpoint, cwd=tmp_path)
-    tested = [line.partition(" train ")[2].partition(", ")[2] for line in lines(tmp_path)[-2:]]
+    tested = [line.partition(" train ")[2].partition(", ")[2] for line in epoch_lines(tmp_path)[-2:]]
     assert [f"n: {n}, {line}" for n, line in enumerate(tested)] == re.findall("^n: .*", capfd.readouterr().out, re.M)
     for wrong in (["--num-modules", 3], ["--balance", "flops"], ["--send-precision", "int8"]):
         status, _, err = run(SCRIPT, tree, *SMALL, "--resume", checkpoint, *wrong, cwd=tmp_path)
@@ -523,11 +515,8 @@ def test_ctrl_c_ends_the_job(tree, tmp_path):
 
 @pytest.mark.slow
 def test_a_corrupt_image_ends_the_job(tree, tmp_path):
-    for path in tree.glob("*/*/*"):
-        new = tmp_path / "tree" / path.relative_to(tree)
-        new.parent.mkdir(parents=True, exist_ok=True)
-        new.write_bytes(path.read_bytes())
-    new.write_bytes(b"")
+    copy = copy_tree(tree, tmp_path / "tree")
+    max(copy.glob("*/*/*")).write_bytes(b"")
     status, err, seconds = disturbed("none", tmp_path / "tree", "--nepochs", 2, "-j", 1, cwd=tmp_path)
     assert status != 0
     assert seconds < 60
