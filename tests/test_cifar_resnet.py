@@ -1050,12 +1050,12 @@ def test_a_failed_audit_ends_with_status_1(monkeypatch, capsys):
         def loss(self, logits, more, images, labels):
             return super().loss(logits, more, images, labels) + self.next_block[0].residual[0].weight.detach().mean()
 
-    monkeypatch.setattr(methods, "METHODS", {"infopro": methods.InfoPro, "peeks": Peeks})
+    monkeypatch.setattr(methods, "METHODS", {"dgl": methods.DGL, "infopro": methods.InfoPro, "peeks": Peeks})
     with pytest.raises(SystemExit) as stop:
         script.main(["--audit", "--depth", "8"])
     assert stop.value.code == "2 of these are not local"  # a text: status 1
     out = capsys.readouterr().out
-    assert "| infopro | 4 | yes | nothing |" in out
+    assert "| dgl | 4 | yes | nothing |" in out
     assert "| peeks | 2 | no: module 1 reads later modules' parameters for its loss | nothing |" in out
     assert "| peeks | 4 | no: module 1 reads later modules' parameters for its loss (and 2 more) | nothing |" in out
 
