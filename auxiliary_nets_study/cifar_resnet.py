@@ -72,7 +72,7 @@ def parse_args(argv=None):
     args.lr = args.lr or 0.8 * args.batch_size / 1024
     args.warmup = args.epochs // 16 if args.warmup is None else args.warmup
     if args.warmup >= args.epochs:
-        parser.error(f"--warmup {args.warmup}: fewer than --epochs, which are {args.epochs}")
+        parser.error(f"--warmup {args.warmup} must be below --epochs {args.epochs}")
     try:
         defaults = {"auglocal": len(resnet.widths(args.depth)), "backprop": 1}
         args.num_modules = args.num_modules or defaults.get(args.method, 4)

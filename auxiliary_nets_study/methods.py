@@ -129,8 +129,8 @@ class PredSim(LocalLoss, name="predsim"):
 class InfoPro(LocalLoss, name="infopro"):
     """l1 * reconstruction error + l2 * cross-entropy, or supervised contrastive loss (Wang et al., arXiv 2101.10832).
 
-    The decoder must restore the image, so that a module keeps what later ones may need. Its convolutions start as in
-    torch. The weights go linearly from the first to the last but one module; see `loss_weights`.
+    The decoder must restore the image, so that a module keeps what later ones may need. Its convolutions keep
+    torch's initialization. The weights go linearly from the first to the last but one module; see `loss_weights`.
     """
 
     flags = ("infopro_loss", "lambdas")
@@ -202,7 +202,7 @@ class AugLocal(LocalLoss, name="auglocal"):
     """Cross-entropy of an auxiliary network of blocks with the widths of later layers (Ma et al., arXiv 2402.17318).
 
     There, every layer is a module. With larger ones, the depth is that of the k-th of K modules, and the widths are
-    those after the module's last layer. Halves are rounded to the even number. With one block, a BatchNorm1d precedes
+    those after the module's last layer. Halves are rounded to even. With one block, a BatchNorm1d precedes
     the linear layer, also where only one layer is left.
     """
 

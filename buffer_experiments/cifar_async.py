@@ -102,7 +102,7 @@ class Worker:
             representation = self.block(x)
             logits = self.auxiliary_net(representation)
             loss = F.cross_entropy(logits, labels)
-        self.send(representation.detach(), labels)  # on its way during the backward pass
+        self.send(representation.detach(), labels)  # on a CPU, on its way during the backward pass
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)

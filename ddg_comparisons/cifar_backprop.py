@@ -22,7 +22,7 @@ def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
     cifar.add_cuda_graph_flag(parser)
-    add = add_flags(parser)
+    add = add_flags(parser, "K in the other methods; here only the n in the log")
     add("--log-interval", type=utils.at_least(0), default=0, help="print the loss every N batches (0: never)")
     return check_cut(parser, parser.parse_args(argv))
 

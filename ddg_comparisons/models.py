@@ -138,10 +138,10 @@ class DGLNet(nn.Module):
 # Flags, the same in all scripts
 
 
-def add_flags(parser):
-    """Returns the parser's add_argument, for further ones."""
+def add_flags(parser, num_splits="number of modules (K)"):
+    """Returns the parser's add_argument, for further ones. `num_splits` is that flag's help."""
     add = parser.add_argument
-    add("--num_splits", type=utils.at_least(1), default=2, help="number of modules (K); in backprop only the log's n")
+    add("--num_splits", type=utils.at_least(1), default=2, help=num_splits)
     add("--depth", type=utils.at_least(8), default=110, help="layers of the ResNet, 6n+2")
     add("--batch-size", type=utils.at_least(2), default=128, help="images in a training batch")
     add("--test-batch-size", type=utils.at_least(1), default=256, help="images in a test batch")

@@ -46,7 +46,8 @@ def parse_args(argv=None):
     parser = utils.ArgumentParser(__file__, __doc__)
     cifar.add_data_flags(parser)
     cifar.add_bn_init_flag(parser)
-    models.add_flags(parser)("--method", choices=METHODS, default="dgl", help="how the modules are trained")
+    add = models.add_flags(parser, "number of modules (K) and of processes")
+    add("--method", choices=METHODS, default="dgl", help="how the modules are trained")
     args = models.check_cut(parser, parser.parse_args(argv))
     if args.bn_init != "ones" and args.method != "dgl":
         parser.error(f"--bn-init has no effect on --method {args.method}: only auxiliary networks start as published")

@@ -1053,7 +1053,7 @@ def test_a_failed_audit_ends_with_status_1(monkeypatch, capsys):
     monkeypatch.setattr(methods, "METHODS", {"dgl": methods.DGL, "infopro": methods.InfoPro, "peeks": Peeks})
     with pytest.raises(SystemExit) as stop:
         script.main(["--audit", "--depth", "8"])
-    assert stop.value.code == "2 of these are not local"  # a text: status 1
+    assert stop.value.code == "2 of these failed"  # a text: status 1
     out = capsys.readouterr().out
     assert "| dgl | 4 | yes | nothing |" in out
     assert "| peeks | 2 | no: module 1 reads later modules' parameters for its loss | nothing |" in out
@@ -1081,7 +1081,7 @@ def test_a_failed_audit_ends_with_status_1(monkeypatch, capsys):
         (["--lambdas", 1, 2, 3, 4], ["--lambdas has no effect on --method dgl"]),
         (["--method", "checkpoint", "--dgl-hidden", 3], ["--dgl-hidden has no effect on --method checkpoint"]),
         (["--method", "backprop", "--auglocal-depth", 1], ["--auglocal-depth has no effect on --method backprop"]),
-        (["--epochs", 5, "--warmup", 5], ["--warmup 5: fewer than --epochs, which are 5"]),
+        (["--epochs", 5, "--warmup", 5], ["--warmup 5 must be below --epochs 5"]),
     ],
     ids=str,
 )

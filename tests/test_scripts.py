@@ -298,15 +298,14 @@ def test_checkpoints_of_different_scripts_never_have_the_same_name(tmp_path):
     assert len(names) == 2 * (len(SCRIPTS) + 2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_compile(backend, tmp_path, monkeypatch):
     """Compiled or not, the first epoch's losses agree to rounding; the small one really is compiled to machine code."""
     if not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler")
     script, depth = "auxiliary_nets_study/cifar_dgl.py", 1
     if backend == "eager":
-        compile_part, depth = nn.Module.compile, 6
+        compile_part, depth = nn.Module.compile, 2
         monkeypatch.setattr(nn.Module, "compile", lambda part: compile_part(part, backend="eager"))
     flags = [*QUICK, "--feature_size", 4, "--depth", depth, "--epochs", 1]
     losses = []
