@@ -285,10 +285,11 @@ def work(rank, args, num_modules, link, folder):
     backend = "cpu:gloo,cuda:nccl" if args.cuda else "gloo"
     dist.init_process_group(backend, store=dist.PrefixStore("group", store), rank=rank, world_size=num_modules)
     bench = Bench(args, num_modules, rank, link)
-    found = bench.run()
+    found = [*bench.run(), bench.memory, bench.notes]
+    del bench  # torch 2.11 may hang if DDP outlives its process group
     dist.destroy_process_group()
     if rank == 0:
-        Path(folder, "found").write_text(json.dumps([*found, bench.memory, bench.notes]))
+        Path(folder, "found").write_text(json.dumps(found))
 
 
 def in_ranks(args, num_modules, link):

@@ -103,6 +103,7 @@ def main(argv=None):
         run.log(f"lr: {optimizer.param_groups[0]['lr']:g}, epoch {epoch}, {train}, {test}")
         run.scalars(epoch, 0, loss=loss, train_top1=top1, test_top1=test1)
         run.end_epoch(epoch, test1)
+    del parallel  # torch 2.11 may hang if it outlives its process group
     ranks.end()
 
 

@@ -259,6 +259,7 @@ def main(argv=None):
             run.log(f"n: {n}, epoch {epoch}, {train}, {tested_text(args, *tested)}")
             run.scalars(epoch, n, loss=loss, train_top1=top1, test_top1=tested[0][0], ensemble_top1=tested[1][0])
         run.end_epoch(epoch, tested[0][0])
+    del parallel  # torch 2.11 may hang if it outlives its process group
     ranks.end()
 
 
