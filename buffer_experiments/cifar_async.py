@@ -379,7 +379,6 @@ def collect(args, team, run, network, members, test, testing):
     if test.device.type == "cuda":  # a stream of this thread's own: rank 0 trains on the other one
         torch.cuda.set_stream(torch.cuda.Stream(test.device))
     for epoch in run.epochs(args.epochs):
-        team.store.set("checkpoint", str(run.last_checkpoint or "none yet"))
         while True:
             for member, news in zip(members, waiting):
                 while news and (not args.sync or member.state["epochs"] < epoch):

@@ -51,7 +51,7 @@ def join(backend="gloo", timeout=None):
         backend, timeout: as for init_process_group.
 
     Returns:
-        rank, number of ranks, a store that is new in this start of the job, and what `watch` returns.
+        rank, number of ranks.
     """
     rank, count = place()
     try:
@@ -59,18 +59,21 @@ def join(backend="gloo", timeout=None):
         addresses = choose_interface(store, rank, count) if count > 1 else [""]
     except dist.DistError as error:  # the job has ended meanwhile, or the port is in use
         utils.fail(f"the ranks of the job have not found each other: {str(error).splitlines()[0]}")
-    silence, hook = watch(store, rank, addresses), sys.excepthook
+    watch(store, rank, addresses)
+    hook = sys.excepthook
     try:
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=count)
     except RuntimeError as error:
-        if not silence and not os.environ.get("GLOO_SOCKET_IFNAME"):  # on one machine, there is nothing to set
+        if len(set(addresses)) == 1 and not os.environ.get(
+            "GLOO_SOCKET_IFNAME"
+        ):  # on one machine, there is nothing to set
             lost(error)
         utils.fail(
             f"Gloo cannot connect the ranks ({str(error).splitlines()[0]}): set GLOO_SOCKET_IFNAME on every machine to "
             "its interface in the network of the others"
         )
     sys.excepthook = hook  # torch's puts "[rank0]: " before the line that follows Ctrl-C
-    return rank, count, store, silence
+    return rank, count
 
 
 def connect(rank):
@@ -168,9 +171,6 @@ def watch(store, rank, addresses):
     Args:
         store: new in this start of the job.
         addresses: of each rank's machine.
-
-    Returns:
-        The seconds since each other machine was heard of, a dictionary that changes.
     """
     own, store = addresses[rank], store.clone()  # a connection of its own: calls may hang
     is_first = addresses.index(own) == rank  # on this machine: it speaks for all
@@ -205,7 +205,6 @@ def watch(store, rank, addresses):
     THREADS[:] = [threading.Thread(target=work, daemon=True) for work in ((listen, judge) if silence else ())]
     for thread in THREADS:
         thread.start()
-    return silence
 
 
 def lost(error):

@@ -212,7 +212,7 @@ def main(argv=None):
 
 
 def run_rank(args):
-    rank, *_ = machines.join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+    rank, _ = machines.join("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
     args = argparse.Namespace(**wires.broadcast(args and vars(args)))
     device = wires.set_up(args)
     data = cifar.load_data(args, device) if rank == 0 else None
