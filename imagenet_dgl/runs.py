@@ -194,6 +194,8 @@ class Run(utils.Run):
         clock, sizes, shares = Clock(), [], ranks.share(self.pipeline)[1]
         for i, batch in enumerate(progress_bar(batches, "training")):
             clock.loaded()
+            if i == clock.first(len(batches)) and batches.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()  # the search for the fastest kernels needs more
             yield batch
             due = self.args.print_freq and i % self.args.print_freq == 0
             results = {n: meter.look() for n, meter in shown.items()} if due else {}  # waits for the device
@@ -280,12 +282,14 @@ class Clock:
         columns = {"Time": self.total, "Data": self.loading}
         return "\t".join(f"{name} {t[-1]:6.3f} ({sum(t) / len(t):6.3f})" for name, t in columns.items())
 
-    def speed(self, sizes, device):
-        """Images a second, from the sizes of the batches, and peak memory, as text.
+    @staticmethod
+    def first(count):
+        """The first of so many batches that counts: those before start workers, find the fastest kernels, and so on."""
+        return min(count // 2, 10)
 
-        The first batches do not count: they start workers, find the fastest kernels, and so on.
-        """
-        first, memory = min(len(sizes) // 2, 10), ""
+    def speed(self, sizes, device):
+        """Images a second, from the sizes of the batches, and peak memory, as text."""
+        first, memory = self.first(len(sizes)), ""
         if device.type == "cuda":
             torch.cuda.synchronize()
             memory = f", peak memory {torch.cuda.max_memory_allocated() / 2**30:.2f} GiB a rank"

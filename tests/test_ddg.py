@@ -481,7 +481,8 @@ def parts_of(training):
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("precision", ["fp32", "bf16", pytest.param("fp16", marks=pytest.mark.slow)])
 @delayed
-def test_resume_in_the_middle_of_the_delays(method, precision, device, tmp_path):
+def test_resume_in_the_middle_of_the_delays(method, precision, device, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     batches = [*random_batches(device, 4, 10), *random_batches(device, 4, 16)]  # 4, 4, 2; the last one waits
     make = {"depth": 14, "num_splits": 3, "device": device, "flags": ["--precision", precision]}
     whole, first, second = (Training(method, **make) for _ in range(3))

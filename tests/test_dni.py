@@ -307,7 +307,7 @@ def test_autocast(device):
         torch.manual_seed(0)
         a, b = nn.Linear(6, 16).to(device), nn.Linear(16, 3).to(device)
         interface = dni.BackwardInterface(Linear(16, 16)).to(device)
-        x = torch.randn(8, 6, device=device)
+        x = torch.randn(8, 6).to(device)
         with torch.autocast(device, torch.bfloat16, enabled=enabled):
             loss = b(interface(a(x).relu())).float().square().mean()
         loss.backward()

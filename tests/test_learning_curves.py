@@ -71,6 +71,8 @@ def watch(model, n, optimizer):
 
 def watched_epoch(device="cpu", flags=()):
     model, optimizers, scalers, autocast, batches = make(device, flags=flags)
+    if scalers[0].is_enabled():  # on a GPU, a step at torch's first scale might be skipped
+        scalers = [torch.amp.GradScaler(device, init_scale=2.0**12) for _ in scalers]
     steps = [watch(model, n, optimizer) for n, optimizer in enumerate(optimizers)]
     meters = [cifar.Meter(batches.device) for _ in optimizers]
     dgl.train_epoch(model, optimizers, scalers, autocast, batches, meters)
