@@ -138,7 +138,7 @@ class Worker:
             if not self.args.idle:
                 loss, news["top1"] = self.meter.pop()
                 if not math.isfinite(loss):
-                    raise SystemExit(f"Epoch {self.epochs}, module {self.n} on rank {self.n}: the loss is {loss}")
+                    self.stop(f"Epoch {self.epochs}, module {self.n} on rank {self.n}: the loss is {loss}")
             if self.epochs < self.args.epochs and self.epochs % self.args.epochdecay == 0:
                 self.optimizer = self.new_optimizer()
             state = io.BytesIO()
@@ -151,6 +151,9 @@ class Worker:
             time.sleep(0.05)
         if self.outputs:
             self.outputs.replace(())
+
+    def stop(self, reason):  # on rank 0, utils.Run's instead, which names the last checkpoint
+        raise SystemExit(reason)
 
     @contextlib.contextmanager
     def timed(self):
@@ -485,6 +488,7 @@ def main(argv=None):
         if rank:
             team.thread(inputs.receive)
         else:
+            worker.stop = run.stop
             for other in range(1, size):
                 team.thread(team.hear, other, args.epochs - members[other].state["epochs"])
             team.thread(collect, args, team, run, tested, members, data.test, testing)

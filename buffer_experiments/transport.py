@@ -1,7 +1,7 @@
 """What the ranks of a training job tell each other, over torch.distributed with Gloo: batches, and news to rank 0.
 
 Nobody waits for another rank's training, as threads always have receives posted. A rank that fails says why and ends
-its process; torchrun ends the others.
+its process. torchrun ends the others on its machine, and the broken connections those on other machines.
 """
 
 import contextlib

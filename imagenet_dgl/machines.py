@@ -64,9 +64,8 @@ def join(backend="gloo", timeout=None):
     try:
         dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=count)
     except RuntimeError as error:
-        if len(set(addresses)) == 1 and not os.environ.get(
-            "GLOO_SOCKET_IFNAME"
-        ):  # on one machine, there is nothing to set
+        # On one machine, there is nothing to set
+        if len(set(addresses)) == 1 and not os.environ.get("GLOO_SOCKET_IFNAME"):
             lost(error)
         utils.fail(
             f"Gloo cannot connect the ranks ({str(error).splitlines()[0]}): set GLOO_SOCKET_IFNAME on every machine to "
@@ -212,7 +211,8 @@ def lost(error):
     if isinstance(error, dist.DistError) or "gloo" in str(error):
         time.sleep(PATIENCE)
         first, *_ = str(error).strip().splitlines()
-        raise SystemExit(f"Rank {place()[0]} has lost the connection to another rank: {first}")
+        reason = f"Rank {place()[0]} has lost the connection to another rank: {first}"
+        raise SystemExit(f"{reason}; --resume goes on from the last checkpoint")
 
 
 def leave():

@@ -465,7 +465,7 @@ def peak_of(way, flags, cuda, limit):
             else:
                 script.train_epoch(model, optimizers[0], scalers[0], autocast, batches, meters[0])
         except RuntimeError as error:  # torch.OutOfMemoryError, or a library that found no memory for its kernels
-            peak.end = f"{type(error).__name__}: {str(error)[:80]}".replace("\n", " ")
+            peak.end = f"{type(error).__name__}: {str(error)[:80]}".replace("\n", " ").replace("|", "/")
             model.zero_grad()
             return None
         peak.end = "too large"

@@ -28,6 +28,9 @@ SCRIPTS = {
     "learning_curves/cifar_dgl.py": ([], 2, 12),
     "learning_curves/cifar_sequential_greedy.py": ([], 8, 48),
 }
+# A change of 1e-6 in the inputs moves some loss by more than 0.1 (on a CPU), so another stream's rounding may, too
+CHAOTIC = {script for script in SCRIPTS if script.startswith(("aux", "buffer", "learning")) and "resnet" not in script}
+CHAOTIC |= {"ddg_comparisons/cifar_dgl.py"}
 SLOW = {*SCRIPTS} - {"learning_curves/cifar_dgl.py"}
 
 
@@ -113,21 +116,21 @@ def test_on_a_gpu(script, precision, tmp_path, monkeypatch):
     if (script, precision) == ("dni_comparisons/cifar_cnn_dni.py", "fp16"):
         pytest.skip("--dni refuses fp16")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
-    losses = {"eager": [], "again": [], "graph": []}
+    losses = {"eager": [], "again": [], "side": [], "graph": []}
     for name, found in losses.items():
 
         def record(module, name=name, found=found):
             pop = module.cifar.Meter.pop
             module.cifar.Meter.pop = lambda meter: found.append(pop(meter)) or found[-1]
-            if name == "again":  # so that all its steps are eager, on the stream of the captures
+            if name == "side":  # all its steps are eager, on the stream of the captures
                 module.train_step.WARM_UP = 10**9
             if "resnet" in script:  # whose rate changes every epoch, which three steps would be too few for
                 drop_the_rate_at_epoch_4(module)
 
-        switch = "--no-cuda-graph" if name == "eager" else "--cuda-graph"
+        switch = "--no-cuda-graph" if name in ("eager", "again") else "--cuda-graph"
         train(script, tmp_path / name, "--precision", precision, "--epochs", 3, switch, before=record)
-    eager, again, graph = (torch.tensor([loss for loss, _ in found]) for found in losses.values())
-    assert len(eager)
-    spread = (eager - again).abs().max()
-    difference = (eager - graph).abs().max()
-    assert difference <= 3 * spread + 0.01, (eager, again, graph)  # some kernels add in any order
+    losses = {name: torch.tensor([loss for loss, _ in found]) for name, found in losses.items()}
+    assert len(losses["eager"])
+    off = {name: (found - losses["eager"]).abs().max() for name, found in losses.items()}
+    spread = max(off["again"], off["side"] * (script in CHAOTIC))  # some kernels add in any order
+    assert max(off["side"], off["graph"]) <= 3 * spread + 0.01, losses

@@ -156,6 +156,9 @@ def test_gloo_uses_the_interface_that_leads_to_the_others(chosen, expected, monk
     assert machines.choose_interface(torch.distributed.HashStore(), 0, 1) == ["m1"]
 
 
+LOST = "Rank 0 has lost the connection to another rank: gloo failed; --resume goes on from the last checkpoint"
+
+
 def test_ranks_that_are_restarted_while_others_are_waited_for():
     """Rank 2 has asked and died: nobody begins before a new one asks."""
     store, prefixes = torch.distributed.HashStore(), {}
@@ -177,10 +180,9 @@ def test_ranks_that_are_restarted_while_others_are_waited_for():
 
 
 @pytest.mark.parametrize(
-    ("addresses", "status"),
-    [(["m1", "m1"], "Rank 0 has lost the connection to another rank: gloo failed"), (["m1", "10.0.0.2"], 2)],
+    ("addresses", "message"), [(["m1", "m1"], LOST), (["m1", "10.0.0.2"], 2)], ids=["one machine", "several"]
 )
-def test_the_interface_is_blamed_only_on_several_machines(addresses, status, monkeypatch):
+def test_the_interface_is_blamed_only_on_several_machines(addresses, message, monkeypatch):
     def fail(*_, **__):
         raise RuntimeError("gloo failed")
 
@@ -194,7 +196,7 @@ def test_the_interface_is_blamed_only_on_several_machines(addresses, status, mon
     with pytest.raises(SystemExit) as stop:
         meeting.join()
     meeting.OVER.set()
-    assert stop.value.code == status
+    assert stop.value.code == message
 
 
 class Store:
