@@ -756,15 +756,16 @@ def test_sweep_reports_a_failure_and_goes_on_where_it_was(tmp_path, monkeypatch)
 def test_the_committed_sweeps_are_complete():
     """README.md's commands of sweep.py, and their logs."""
     readme, sweeps = (ROOT / FOLDER / "README.md").read_text(), load(FOLDER, "sweep")
-    setting, published = re.findall(r'`SETTING="(.+)"`; the first two also with\n`(.+?)`', readme)[0]
-    commands = re.findall(r"^    python sweep.py (.*) -- \$SETTING$", readme, re.M)
-    commands += [f"{command} {published}" for command in commands[:2]]
+    settings = dict(re.findall(r'^    ([A-Z]+)="(.+)"$', readme, re.M))
+    commands = re.findall(r"^    python sweep.py (.*) -- \$([A-Z]+)$", readme, re.M)
+    (published,) = re.findall(r"also with\n`(.+?)`", readme)
+    commands += [(f"{command} {published}", setting) for command, setting in commands if setting == "DIGITS"]
     runs, logs = {}, [*(ROOT / FOLDER / "logs").glob("**/*[_-]cifar_buffer[_-]buffer*.log")]
-    for command in commands:
-        args, common = sweeps.parse_args([*command.split(), "--", *setting.split()])
+    for command, setting in commands:
+        args, common = sweeps.parse_args([*command.split(), "--", *settings[setting].split()])
         grid, folder = sweeps.grid(args, common), ROOT / FOLDER / args.save_folder
         assert [name for name, flags in grid.items() if not sweeps.is_complete(folder, name, flags)] == []
-        runs |= grid
+        runs |= {(setting, name): flags for name, flags in grid.items()}
     assert len(runs) == len(logs) > 0
 
 
@@ -915,7 +916,7 @@ def test_the_notebook_reads_the_published_format(tmp_path, monkeypatch, capsys):
 
 def test_the_notebook_reads_old_and_new_logs_as_one_setting(tmp_path, monkeypatch, capsys):
     """A committed log, and what the same command's would be today; without buffers, --noise has no effect."""
-    (committed,) = (ROOT / FOLDER / "logs").glob("*cifar_buffer_buffer50_seed0.log")
+    (committed,) = (ROOT / FOLDER / "logs/digits").glob("*_buffer50_seed0.log")
     text = committed.read_text()
     flags = [
         "--data",
