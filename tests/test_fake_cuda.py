@@ -93,7 +93,7 @@ def pretended_gpu(monkeypatch):
     patch(torch.cuda, "is_bf16_supported", lambda *_: True)
     patch(torch.cuda, "get_device_name", lambda *_: "none")
     patch(torch.cuda, "mem_get_info", lambda *_: (2**40, 2**40))
-    for name in ("get_rng_state", "set_rng_state", "synchronize", "max_memory_allocated"):
+    for name in ("get_rng_state", "set_rng_state", "synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
         patch(torch.cuda, name, lambda *_: 0)
 
 

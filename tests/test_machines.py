@@ -274,9 +274,8 @@ def test_the_user_s_interface_is_kept(machines, monkeypatch, capfd):
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "missing0")
     monkeypatch.setattr(time, "sleep", lambda _: None)
     assert fork_ranks(2, lambda rank: set_up(rank, machines[rank]), ranks) == [2, 2]
-    errors = [line for line in capfd.readouterr().err.splitlines() if "error: Gloo cannot connect the ranks" in line]
-    assert len(errors) == 2
-    assert all("missing0" in line and "set GLOO_SOCKET_IFNAME on every machine" in line for line in errors)
+    said = re.compile("error: Gloo cannot connect the ranks .*?missing0.*?: set GLOO_SOCKET_IFNAME on every machine")
+    assert len(said.findall(capfd.readouterr().err)) == 2  # on two lines, or when both write at once, on one
 
 
 @pytest.mark.parametrize("busy", [False, True])
