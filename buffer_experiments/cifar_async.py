@@ -433,7 +433,7 @@ def set_up_device(args, size):
         args.threads = 1
     device = utils.setup(args)
     if device.type == "cuda":
-        device = torch.device("cuda", transport.LOCAL_RANK % torch.cuda.device_count())
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK") or 0) % torch.cuda.device_count())
         torch.cuda.set_device(device)
     return device
 

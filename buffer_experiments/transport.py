@@ -18,7 +18,6 @@ import torch.distributed as dist
 import machines
 
 FOREVER = datetime.timedelta(days=365)  # may pass between two messages: a module may be slow
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK") or 0)
 
 
 class Team:
