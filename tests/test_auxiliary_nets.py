@@ -5,6 +5,7 @@ import re
 
 import pandas
 import pytest
+import seaborn
 import torch
 import torch.nn.functional as F
 from conftest import DEVICES, ROOT, load, notebook, run
@@ -235,7 +236,10 @@ def test_notebook(tmp_path, monkeypatch):
     (tmp_path / "run_mlp-sr.log").write_text(PUBLISHED)
     concat, curves = pandas.concat, []
     monkeypatch.setattr(pandas, "concat", lambda *args, **kwargs: curves.append(concat(*args, **kwargs)) or curves[-1])
+    scatterplot, drawn = seaborn.scatterplot, []
+    monkeypatch.setattr(seaborn, "scatterplot", lambda data, **look: drawn.append(data) or scatterplot(data, **look))
     assert notebook(NOTEBOOK, monkeypatch, LOGS=tmp_path, PICTURE=tmp_path / "picture.png") is None
+    assert [*drawn[0].epoch] == [1] * 4  # the longer run is compared at the last epoch of the others
     assert (tmp_path / "picture.png").stat().st_size > 10_000
     assert curves[0].kind.value_counts().to_dict() == {"pred": 6, "published": 4}
     *_, row = curves[0][curves[0].kind == "published"].itertuples()
