@@ -21,7 +21,19 @@ from sklearn.datasets import load_digits
 
 ROOT = Path(__file__).parent.parent
 # Modules of several folders, and those that import them
-COMMON_NAMES = ("audit", "cifar", "cifar_dgl", "costs", "dni", "machines", "methods", "models", "resnet", "utils")
+COMMON_NAMES = (
+    "audit",
+    "cifar",
+    "cifar_dgl",
+    "cifar_resnet",
+    "costs",
+    "dni",
+    "machines",
+    "methods",
+    "models",
+    "resnet",
+    "utils",
+)
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
@@ -41,15 +53,22 @@ def pytest_collection_modifyitems(items):
 # Running scripts
 
 
-def load(folder, name, root=ROOT):
-    """Import root/folder/name.py with that folder's own modules, whatever was imported from other folders before."""
-    for module in [m for m in sys.modules if m.split(".")[0] in {*COMMON_NAMES, name}]:
+@contextlib.contextmanager
+def own_modules(folder, *names):
+    """Inside, imports are of that folder's own modules, whatever was imported from other folders before."""
+    for module in [m for m in sys.modules if m.split(".")[0] in {*COMMON_NAMES, *names}]:
         del sys.modules[module]
-    sys.path.insert(0, str(root / folder))
+    sys.path.insert(0, str(folder))
     try:
-        return importlib.import_module(name)
+        yield
     finally:
-        sys.path.remove(str(root / folder))
+        sys.path.remove(str(folder))
+
+
+def load(folder, name, root=ROOT):
+    """Import root/folder/name.py with that folder's own modules."""
+    with own_modules(root / folder, name):
+        return importlib.import_module(name)
 
 
 def run(script, *flags, cwd, root=ROOT):
@@ -144,7 +163,7 @@ def notebook(path, monkeypatch, **environment):
         monkeypatch.setenv(name, str(value))
     monkeypatch.chdir(path.parent)
     names = {"__name__": "__main__"}
-    with matplotlib.rc_context(), warnings.catch_warnings():
+    with own_modules(path.parent), matplotlib.rc_context(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # plt.show() without a screen
         for cell in json.loads(path.read_text())["cells"]:
             if cell["cell_type"] == "code":
