@@ -108,7 +108,7 @@ class Rank:
 
     def clock(self):
         if self.args.cuda:
-            torch.cuda.synchronize()
+            torch.cuda.current_stream().synchronize()  # not the streams that wait for the next batch's transfers
         return time.perf_counter()
 
     def peak_memory(self, method, module):

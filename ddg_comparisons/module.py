@@ -21,6 +21,7 @@ class Module:
 
     Attributes:
         late: by how many iterations DDG and FR delay its backward pass, K-1-n.
+        ahead: the inputs for which it waits at a time, that of the current batch included.
         delays: as in the one-process script. Of it, this rank uses its own module's share.
         inputs, outputs: wires from module n-1 and to module n+1; gradients, back: the opposite ones. None if missing.
     """
@@ -29,6 +30,7 @@ class Module:
         script = SCRIPTS[args.method]
         self.n, self.device, last = dist.get_rank(), device, args.num_splits - 1
         self.is_last, self.late = self.n == last, last - self.n
+        self.ahead = 1 if args.method == "backprop" else SLOTS
         self.parts = parts(model, self.n)
         self.block, self.auxiliary_net = self.parts[0], self.parts[-1]
         self.optimizer, self.scaler = script.make_optimizers(model)[self.n], cifar.grad_scaler(args, device)
@@ -50,7 +52,7 @@ class Module:
     def receive(self, labels):
         """Yield (input, labels) of each batch of a pass, given the labels of all. Not on rank 0."""
         for i, own in enumerate(labels):
-            for later in labels[i + len(self.inputs.coming) : i + SLOTS]:
+            for later in labels[i + len(self.inputs.coming) : i + self.ahead]:
                 self.inputs.expect(len(later))
             yield self.inputs.receive().requires_grad_(self.back is not None), own.to(self.device)
 

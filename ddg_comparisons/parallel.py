@@ -7,7 +7,9 @@ spread over K processes, which exchange outputs and gradients by torch.distribut
     torchrun --standalone --nproc_per_node=3 parallel.py --method fr --num_splits 3 --data digits --depth 20
 
 Rank n has module n. In iteration t it runs F, its forward pass on batch t, then B, a backward pass and a step, on batch
-t or an older one. Receives are posted ahead and sends are asynchronous, so a rank waits only for what it needs:
+t or an older one. Receives are posted ahead and sends are asynchronous, so a rank waits only for what it needs.
+(Backprop's are not posted ahead: until a message arrives, NCCL's receive occupies the GPU, and cuDNN's search for
+kernels waits for that. The rank would wait for a message that depends on what it is about to compute.)
 
     dgl       F(n,t) needs F(n-1,t).                     A step takes max F + B, or a transfer if that is longer.
     ddg, fr   B(n,t) needs B(n+1,t-1) too: the locking.  The largest mean, over neighbours n..m, of F + B and transfers,
@@ -80,10 +82,10 @@ def train_dgl(m, batches):
 def train_backprop(m, batches):
     """Backprop, a module below the last."""
     for x, _ in batches:
-        m.gradients.expect(len(x))
         with m.autocast:
             output = m.block(x)
         m.outputs.send(output.detach())
+        m.gradients.expect(len(x))
         output.backward(m.gradients.receive().to(output.dtype))  # after all modules above: the bubble
         m.send_back(x, m.one)
         m.step()

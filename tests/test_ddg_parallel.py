@@ -75,6 +75,49 @@ def test_resumed_before_the_first_gradient(method, image_folder, tmp_path):
     assert_equals_one_process(tmp_path, method, 3, *flags, "--epochs", 4)
 
 
+def join(method, num_splits):
+    """This rank's module, connected to its neighbours'."""
+    args = parallel.argparse.Namespace(method=method, num_splits=num_splits, depth=20, precision="fp32")
+    args.bn_init, args.compile = "ones", False
+    parallel.machines.join()
+    return parallel.Module(args, parallel.make_network(args, 10, torch.device("cpu")), torch.device("cpu"))
+
+
+def wait_like_cudnn(m):
+    """Let module m's first passes on batches of a size wait until all its transfers have arrived. On a GPU, cuDNN's
+    search for kernels does, and a transfer occupies the GPU until the other rank takes part in it."""
+    searched = set()
+
+    def synchronize(kind, size):
+        if (kind, size) not in searched:
+            searched.add((kind, size))
+            for wire in filter(None, (m.inputs, m.outputs, m.gradients, m.back)):
+                wire.flush()
+                wire.coming.extend([(None, wire.receive()) for _ in range(len(wire.coming))])
+
+    def after_forward(block, inputs, output):
+        if output.requires_grad:
+            output.register_hook(lambda gradient: synchronize("backward", len(gradient)))
+
+    m.block.register_forward_pre_hook(lambda block, inputs: synchronize("forward", len(inputs[0])))
+    m.block.register_forward_hook(after_forward)
+
+
+@pytest.mark.parametrize("num_splits", [2, 3])
+@pytest.mark.parametrize("method", parallel.METHODS)
+def test_ranks_that_search_for_kernels_do_not_wait_for_each_other(method, num_splits):
+    def work(rank):
+        module = join(method, num_splits)
+        wait_like_cudnn(module)
+        labels = [torch.arange(size) for size in (4, 4, 4, 2)]
+        for _ in range(2):
+            images = ((torch.randn(len(y), 3, 32, 32), y) for y in labels)
+            parallel.train_epoch(method, module, module.receive(labels) if rank else images)
+        dist.barrier()
+
+    assert fork_ranks(num_splits, work, types.SimpleNamespace()) == [0] * num_splits
+
+
 @pytest.mark.parametrize("method", ["dgl", "ddg", "fr"])
 def test_all_modules_work_at_the_same_time(method):
     """The first module begins a third batch while nobody receives its outputs. Later, the last module waits, in each
@@ -82,14 +125,11 @@ def test_all_modules_work_at_the_same_time(method):
     num_splits, steps, patience = 3, 6, datetime.timedelta(seconds=30)
 
     def work(rank):
-        args = parallel.argparse.Namespace(method=method, num_splits=num_splits, depth=14, precision="fp32")
-        args.bn_init, args.compile = "ones", False
-        parallel.machines.join()
+        module = join(method, num_splits)
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False) if rank == 0 else None
         ports = [store and store.port]
         dist.broadcast_object_list(ports)
         store = store or dist.TCPStore("127.0.0.1", ports[0])
-        module = parallel.Module(args, parallel.make_network(args, 10, torch.device("cpu")), torch.device("cpu"))
         labels = [torch.arange(4)] * steps
 
         def batches():
