@@ -152,8 +152,8 @@ class Worker:
         if self.outputs:
             self.outputs.replace(())
 
-    def stop(self, reason):  # on rank 0, utils.Run's instead, which names the last checkpoint
-        raise SystemExit(reason)
+    def stop(self, reason):  # on rank 0, utils.Run's instead, which knows whether there is a checkpoint
+        raise SystemExit(f"{reason}; rank 0's last checkpoint, if any: {utils.checkpoint_path(self.args)}")
 
     @contextlib.contextmanager
     def timed(self):

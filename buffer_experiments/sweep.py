@@ -23,11 +23,17 @@ from pathlib import Path
 
 import utils
 
+import torch
 from tqdm import tqdm
 
 import cifar_buffer
-from buffer import SAMPLINGS, groups_and_codewords
+from buffer import SAMPLINGS, available_memory, groups_and_codewords
+from models import make_buffer, make_network
 
+REST = 10**9  # bytes that a run may take beside its buffers
+# Flags that the sweep gives to its runs
+GIVEN = {"--name", "--save_folder", "--resume", "--seed", "--buffer", "--noise", "--layer_noise", "--quantize"}
+GIVEN |= {"--buffer-sampling"}
 PATIENCE = 10  # seconds in which a run that is told to end must have ended
 # The program of a run
 RUN = "import sys; sys.path.insert(0, sys.argv[1]); import sweep; sweep.run_one(*sys.argv[2:])"
@@ -58,7 +64,7 @@ def parse_args(argv=None):
     add("--quantize", type=quantization, nargs="+", default=["none"], metavar="G,V", help="the same; none: off")
     add("--seeds", type=utils.at_least(0), nargs="+", default=[0], help="the same")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add("--jobs", type=utils.at_least(1), default=cores, help="runs at a time, each on one thread")
+    add("--jobs", type=utils.at_least(1), default=cores, help="runs at a time, if they fit in memory; one thread each")
     add("--save_folder", default=".", help="for logs and checkpoints")
     args = parser.parse_args(argv[:end])
     return args, argv[end + 1 :]
@@ -100,6 +106,18 @@ def is_complete(folder, name, flags):
             if all(arguments.get(flag) == wanted[flag] for flag in decisive):
                 return True
     return False
+
+
+def jobs_that_fit(runs):
+    """How many runs {name: flags} can be in memory together, at least one (which may refuse to start)."""
+    needed = [REST]
+    for flags in runs.values():
+        args = cifar_buffer.parse_args(flags)
+        with torch.device("meta"):
+            shapes = make_network(args, num_classes=10).shapes
+        needed.append(REST + sum(make_buffer(args, shape, "meta").num_bytes() for shape in shapes[:-1]))
+    device = torch.device("cuda" if runs and torch.cuda.is_available() and not args.no_cuda else "cpu")
+    return max(1, int(available_memory(device) // max(needed)))
 
 
 def checkpoint(flags):
@@ -156,17 +174,19 @@ def run_all(runs, jobs):
 def main(argv=None):
     args, common = parse_args(argv)
     sys.stdout, sys.stderr = utils.Screen(sys.stdout), utils.Screen(sys.stderr)
-    if misplaced := {"--name", "--save_folder", "--resume"}.intersection(flag.split("=")[0] for flag in common):
-        utils.fail(f"{misplaced.pop()} is a flag that the sweep gives to its runs")
+    if misplaced := GIVEN.intersection(flag.split("=")[0] for flag in common):
+        utils.fail(f"{min(misplaced)} after --: the sweep gives its runs this flag")
     runs, folder, failed = grid(args, common), Path(args.save_folder), []
     todo = {name: flags for name, flags in runs.items() if not is_complete(folder, name, flags)}
     for name in runs.keys() - todo.keys():  # if the sweep was ended after a run's last line, but before this
         checkpoint(runs[name]).unlink(missing_ok=True)
     print(f"{len(runs)} runs, {len(runs) - len(todo)} of them complete already")
+    if (jobs := min(args.jobs, jobs_that_fit(todo))) < min(args.jobs, len(todo)):
+        print(f"{jobs} at a time: more may not fit in memory")
     utils.on_interrupt("Interrupted; the same command goes on from here.")
     try:
         with tqdm(total=len(runs), initial=len(runs) - len(todo), unit="run", disable=None) as bar:
-            for name, status, errors in run_all(todo, args.jobs):
+            for name, status, errors in run_all(todo, jobs):
                 bar.update()
                 if status == 0:
                     checkpoint(runs[name]).unlink(missing_ok=True)

@@ -144,7 +144,7 @@ def to_device(model, args, device):
     if args.compile:
         if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             fail("--compile needs a C++ compiler, and g++ is not there: install it, or name another one in CXX")
-        torch._dynamo.config.recompile_limit = 64  # all parts share one nn.Sequential.forward
+        torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000  # for all parts
         for child in model.children():
             for part in child if isinstance(child, torch.nn.ModuleList) else [child]:
                 part.compile()

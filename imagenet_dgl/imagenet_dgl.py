@@ -93,6 +93,8 @@ def make_pipeline(args, device):
             )
     except ValueError as error:
         utils.fail(error)
+    if ranks.COUNT == 1:
+        return None  # one module: there is nobody to send to
     batch_size = args.batch_size * num_modules // ranks.COUNT
     return ModuleParallel(num_modules, device, batch_size, args.profile, args.send_precision)
 
@@ -248,7 +250,7 @@ def main(argv=None):
         )
         if pipeline:
             pipeline.end_pass(len(images.train))
-        if args.profile:
+        if args.profile and pipeline:
             run.show_profile(time.perf_counter() - begin)
         for module in modules:
             ranks.average_buffers(module, group)

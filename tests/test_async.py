@@ -291,7 +291,8 @@ def test_every_fault_ends_the_job_with_its_reason_and_the_next_attempt_goes_on(f
     for i, (rank, number, what) in enumerate(FAULTS):
         texts = said(folder, f"fault{i}", (rank, number, what))
         assert "".join(texts[:rank] + texts[rank + 1 :])
-        reason = {"nan": r"Epoch \d, module 1 on rank 1: the loss is nan\n", KILL: ""}
+        last = f"rank 0's last checkpoint, if any: faults/{CHECKPOINT}"
+        reason = {"nan": rf"Epoch \d, module 1 on rank 1: the loss is nan; {last}\n", KILL: ""}
         reason["error"] = r"Traceback (.*\n)+ValueError: no such pixel\n"
         assert re.fullmatch(reason[what], texts[rank])
     assert_same(checkpoint_of(folder / "faults")["parts"]["model"], one_process(*SYNC))

@@ -59,6 +59,7 @@ def whole(tree, tmp_path_factory):
 @pytest.mark.parametrize(
     ("num_modules", "flags"),
     [
+        (1, []),
         (3, ["--precision", "fp16", "--dynamic-loss-scale", "--send-precision", "int8"]),
         (4, ["--epochdecay", 1, "--send-precision", "bf16"]),
         pytest.param(2, ["--arch", "resnet18", "--image-size", 64, "--aux-size", "published"], marks=pytest.mark.slow),

@@ -1,5 +1,6 @@
 """utils.py: the copies, the data, the meters and the checkpoint file."""
 
+import argparse
 import contextlib
 import errno
 import filecmp
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 import torchvision.transforms.functional as TF
 from conftest import ROOT, copy_tree, load
 from PIL import Image
+from torch import nn
 from torchvision.datasets import CIFAR10
 
 cifar = load("learning_curves", "cifar")
@@ -387,3 +389,20 @@ def test_at_least_refuses(text, capsys):
         arguments("--epochs", text)
     assert stop.value.code == 2
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_every_part_of_a_network_of_many_is_compiled(monkeypatch):
+    """All parts share the cache of one forward method, whose size torch limits."""
+    if not shutil.which("g++"):
+        pytest.skip("torch.compile needs a C++ compiler")
+    compile_part, graphs = nn.Module.compile, []
+    count = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
+    monkeypatch.setattr(nn.Module, "compile", lambda part: compile_part(part, backend=count))
+    torch._dynamo.reset()
+    parts = [nn.Sequential(nn.Linear(2, width)) for width in range(1, 71)]
+    utils.to_device(nn.Sequential(nn.ModuleList(parts)), argparse.Namespace(compile=True), torch.device("cpu"))
+    for part in parts:
+        part(torch.zeros(1, 2))
+    assert len(graphs) == len(parts)
+    torch._dynamo.reset()
