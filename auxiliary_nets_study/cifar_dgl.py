@@ -47,6 +47,8 @@ def parse_args(argv=None):
     args = parser.parse_args(argv)
     if args.beta > 1:
         parser.error(f"--beta {args.beta} is not a number from 0 to 1")
+    if args.beta != parser.get_default("beta") and args.loss != "predsim":
+        parser.error("--beta has no effect without --loss predsim")
     if args.block_size > args.depth:
         parser.error(f"--block_size {args.block_size} is more than the network's {args.depth} layers")
     return args

@@ -79,6 +79,8 @@ def parse_args(argv=None):
         resnet.cut(args.depth, args.num_modules, args.balance)
     except ValueError as error:
         parser.error(error)
+    if args.lambdas and args.num_modules == 2 and args.lambdas[:2] != args.lambdas[2:]:
+        parser.error("--lambdas: of two modules, the first is the last but one, so it needs the same pair twice")
     if args.method == "backprop" and args.num_modules > 1:
         parser.error(f"--num-modules {args.num_modules}: backprop has one module; checkpoint may have more")
     return args

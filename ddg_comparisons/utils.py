@@ -186,7 +186,7 @@ def load_checkpoint(path, script):
     except Exception as error:
         fail(f"{path} is damaged, or not a checkpoint of these scripts ({type(error).__name__})")
     if made_by != script:
-        fail(f"{path} is a checkpoint of {made_by}.py")
+        fail(f"{path} is a checkpoint of {made_by}.py, not of {script}.py (has its folder been renamed?)")
     return state
 
 

@@ -204,6 +204,7 @@ def test_predsim_in_16_bits(precision):
         (["--block_size", 7], ["--block_size 7", "6 layers"]),
         (["--beta", "1.5"], ["--beta", "from 0 to 1"]),
         (["--beta", "much"], ["--beta", "a number of at least 0"]),
+        (["--beta", 0.5], ["--beta has no effect without --loss predsim"]),
     ],
 )
 def test_mistakes(flags, parts, tmp_path):
@@ -247,6 +248,29 @@ def test_notebook(tmp_path, monkeypatch):
     assert (row.type_aux, row.block_size) == ("mlp-sr", 3)
     (tmp_path / "flops").mkdir()
     assert row.share == pytest.approx(table(tmp_path / "flops", "--block_size", 3)[1], abs=0.05)
+
+
+def test_the_notebook_averages_only_runs_that_differ_in_the_seed_alone(tmp_path, monkeypatch):
+    """A renamed copy of the folder has written the logs."""
+    flags = ["--data", "digits", "--train-size", 20, "--epochs", 1, "--feature_size", 2, "--block_size", 3]
+    assert run(SCRIPT, *flags, "--type_aux", "mlp", "--name", "a", cwd=tmp_path)[0] == 0
+    (log,) = tmp_path.glob("*.log")
+    for name, (old, new) in {
+        "seed": ('"seed": 1', '"seed": 2'),
+        "precision": ('"precision": "fp32"', '"precision": "bf16"'),
+        "images": ("20 training", "30 training"),
+    }.items():
+        (tmp_path / f"1_mine-cifar_dgl-{name}.log").write_text(log.read_text().replace(old, new))
+    lineplot, drawn = seaborn.lineplot, []
+    monkeypatch.setattr(seaborn, "lineplot", lambda data, **look: drawn.append(data) or lineplot(data, **look))
+    assert notebook(NOTEBOOK, monkeypatch, LOGS=tmp_path, PICTURE=tmp_path / "picture.png") is None
+    lines = [rows.seed.nunique() for _, rows in drawn[0].groupby("kind")]
+    assert sorted(lines) == [1, 1, 2]
+    assert {*drawn[0].kind} == {
+        "pred, digits, 20 training",
+        "pred, precision bf16, digits, 20 training",
+        "pred, digits, 30 training",
+    }
 
 
 @pytest.mark.parametrize(

@@ -1079,6 +1079,7 @@ def test_a_failed_audit_ends_with_status_1(monkeypatch, capsys):
         (["--dgl-hidden", 4], ["--dgl-hidden", "2"]),
         (["--method", "man", "--infopro-loss", "contrast"], ["--infopro-loss has no effect on --method man"]),
         (["--lambdas", 1, 2, 3, 4], ["--lambdas has no effect on --method dgl"]),
+        (["--method", "man", "--num-modules", 2, "--lambdas", 1, 2, 3, 4], ["--lambdas", "the same pair twice"]),
         (["--method", "checkpoint", "--dgl-hidden", 3], ["--dgl-hidden has no effect on --method checkpoint"]),
         (["--method", "backprop", "--auglocal-depth", 1], ["--auglocal-depth has no effect on --method backprop"]),
         (["--epochs", 5, "--warmup", 5], ["--warmup 5 must be below --epochs 5"]),

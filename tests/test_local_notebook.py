@@ -1,10 +1,12 @@
 """auxiliary_nets_study/LocalMethods.ipynb, on tiny runs of cifar_resnet.py."""
 
+import contextlib
 import re
+import sys
 
 import pandas
 import pytest
-from conftest import ROOT, notebook, run
+from conftest import ROOT, load, notebook, run
 
 SCRIPT = "auxiliary_nets_study/cifar_resnet.py"
 NOTEBOOK = ROOT / "auxiliary_nets_study" / "LocalMethods.ipynb"
@@ -72,6 +74,7 @@ def test_errors_memory_and_flops(texts, tmp_path, monkeypatch):
 
 def test_time_is_the_benchmarks_where_it_has_the_row(texts, tmp_path, monkeypatch):
     batches = {name: re.sub(r'"batch_size": \d+', '"batch_size": 128', text) for name, text in texts.items()}
+    batches = {name: re.sub(r'"lr": [\d.]+', '"lr": 0.1', text) for name, text in batches.items()}
     write(batches, tmp_path)
     (tmp_path / "20261126_benchmark.log").write_text(BENCHMARK.replace("200", "100"))
     (tmp_path / "20261127_benchmark.log").write_text(BENCHMARK)  # the newer one counts
@@ -93,6 +96,48 @@ def test_published_errors_are_points_of_their_own(texts, tmp_path, monkeypatch):
     assert error is None
     points = points[(points.depth == 32) & (points.method == "dgl") & (points.K == 2)]
     assert points.groupby("from").error.agg(list).to_dict() == {"here": [55.0], "published, 160 epochs": [8.69]}
+
+
+def test_only_runs_that_differ_in_the_seed_alone_are_one_point(texts, tmp_path, monkeypatch):
+    """A renamed copy of the folder has written the logs."""
+    for name, (old, new) in {
+        "1": ("", ""),
+        "2": ('"seed": 1', '"seed": 2'),
+        "3": ('"precision": "fp32"', '"precision": "bf16"'),
+        "4": (re.search('"lr": [0-9.]+', texts["dgl"])[0], '"lr": 0.5'),
+        "5": ('"lambdas": null', '"lambdas": [5, 0, 0, 1]'),
+    }.items():
+        (tmp_path / f"1_mine-cifar_resnet-{name}.log").write_text(texts["dgl"].replace(old, new))
+    error, points = draw(tmp_path, monkeypatch)
+    assert error is None
+    names = ["dgl", "dgl, lambdas [5, 0, 0, 1]", "dgl, lr 0.5", "dgl, precision bf16"]
+    assert sorted(points[points["from"] == "here"].method) == names
+
+
+def test_a_method_of_ones_own_with_a_flag(texts, tmp_path, monkeypatch):
+    """As README.md describes it: the first cell imports it."""
+    script = load("auxiliary_nets_study", "cifar_resnet")
+
+    class Mine(sys.modules["methods"].DGL, name="mine"):
+        flags = ("smoothing", "dgl_hidden")
+
+        @staticmethod
+        def add_flags(add):
+            add("--smoothing", type=float, default=0.1)
+
+        def __init__(self, place, args):
+            super().__init__(place, args)
+            self.smoothing = args.smoothing
+
+    monkeypatch.setattr("conftest.own_modules", lambda *_: contextlib.nullcontext())  # which has `Mine`
+    monkeypatch.syspath_prepend(NOTEBOOK.parent)
+    monkeypatch.setattr("conftest.load", lambda *_: script)
+    for smoothing in (0.1, 0.3):
+        flags = ["--method", "mine", "--num-modules", 2, "--smoothing", smoothing, "--name", smoothing]
+        assert run(SCRIPT, *QUICK, *flags, cwd=tmp_path)[0] == 0
+    error, points = draw(tmp_path, monkeypatch)
+    assert error is None
+    assert sorted(points[points["from"] == "here"].method) == ["mine", "mine, smoothing 0.3"]
 
 
 @pytest.mark.parametrize(

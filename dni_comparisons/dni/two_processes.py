@@ -1,14 +1,15 @@
-"""Complete unlock across two processes: each trains its own part of a network without waiting for the other.
+"""Complete unlock across two processes: each trains its own part of a network, and waits for no message or gradient.
 
     torchrun --standalone --nproc_per_node=2 -m dni.two_processes    # in the folder above; --help shows the flags
 
 Process 0 has part A (images -> message), and process 1 has part B (message -> logits). Both have a copy of the
 interface. Process 0 trains its forward synthesizer on real messages, and process 1 its backward synthesizer on real
-gradients. They exchange synthesizer weights only every `--every` steps, and no step waits for a message. The network
+gradients. No step waits for a message; every `--every` steps they meet to exchange synthesizer weights. The network
 classifies scikit-learn's 8x8 digits. Process 1 prints the test accuracy on real messages.
 """
 
 import argparse
+import os
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,10 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3000, help="training steps of each process (default: %(default)s)")
     parser.add_argument("--every", type=int, default=10, help="steps between exchanges (default: %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if os.environ.get("WORLD_SIZE") != "2":
+        parser.error("it needs two processes: start with torchrun --standalone --nproc_per_node=2 -m dni.two_processes")
+    return args
 
 
 def synchronise(interface):
