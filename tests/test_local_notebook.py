@@ -120,10 +120,7 @@ def test_a_method_of_ones_own_with_a_flag(texts, tmp_path, monkeypatch):
 
     class Mine(sys.modules["methods"].DGL, name="mine"):
         flags = ("smoothing", "dgl_hidden")
-
-        @staticmethod
-        def add_flags(add):
-            add("--smoothing", type=float, default=0.1)
+        add_flags = staticmethod(lambda add: add("--smoothing", type=float, default=0.1))
 
         def __init__(self, place, args):
             super().__init__(place, args)
