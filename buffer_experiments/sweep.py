@@ -30,7 +30,7 @@ import cifar_buffer
 from buffer import SAMPLINGS, available_memory, groups_and_codewords
 from models import make_buffer, make_network
 
-REST = 10**9  # bytes that a run may take beside its buffers
+REST = {"cpu": 10**9, "cuda": 3 * 10**9}  # bytes that a run may take beside its buffers
 # Flags that the sweep gives to its runs
 GIVEN = {"--name", "--save_folder", "--resume", "--seed", "--buffer", "--noise", "--layer_noise", "--quantize"}
 GIVEN |= {"--buffer-sampling"}
@@ -110,14 +110,14 @@ def is_complete(folder, name, flags):
 
 def jobs_that_fit(runs):
     """How many runs {name: flags} can be in memory together, at least one (which may refuse to start)."""
-    needed = [REST]
+    buffers = [0]
     for flags in runs.values():
         args = cifar_buffer.parse_args(flags)
         with torch.device("meta"):
             shapes = make_network(args, num_classes=10).shapes
-        needed.append(REST + sum(make_buffer(args, shape, "meta").num_bytes() for shape in shapes[:-1]))
+        buffers.append(sum(make_buffer(args, shape, "meta").num_bytes() for shape in shapes[:-1]))
     device = torch.device("cuda" if runs and torch.cuda.is_available() and not args.no_cuda else "cpu")
-    return max(1, int(available_memory(device) // max(needed)))
+    return max(1, int(available_memory(device) // (max(buffers) + REST[device.type])))
 
 
 def checkpoint(flags):

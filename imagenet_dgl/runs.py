@@ -194,11 +194,12 @@ class Run(utils.Run):
         clock, sizes, shares = Clock(), [], ranks.share(self.pipeline)[1]
         for i, batch in enumerate(progress_bar(batches, "training")):
             clock.loaded()
-            if i == clock.first(len(batches)) and batches.device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()  # the search for the fastest kernels needs more
             yield batch
             due = self.args.print_freq and i % self.args.print_freq == 0
             results = {n: meter.look() for n, meter in shown.items()} if due else {}  # waits for the device
+            if i + 1 == clock.first(len(batches)) and batches.device.type == "cuda":
+                torch.cuda.synchronize()  # what the GPU still has to do for these batches does not count
+                torch.cuda.reset_peak_memory_stats()  # nor the memory that the search for the fastest kernels needs
             clock.trained()
             sizes.append(len(batch[1]) * shares)
             for n, ((loss, top1, top5), (mean, mean1, mean5)) in results.items():

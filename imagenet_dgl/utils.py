@@ -117,8 +117,7 @@ def on_interrupt(message):
     """Let Ctrl-C, SIGTERM and a terminal that is closed end the program with this line instead of a traceback."""
 
     def hook(kind, *error):
-        interrupted = issubclass(kind, KeyboardInterrupt)
-        print(f"\n{message}", file=sys.stderr) if interrupted else sys.__excepthook__(kind, *error)
+        print(f"\n{message}", file=sys.stderr) if kind is KeyboardInterrupt else sys.__excepthook__(kind, *error)
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores the second
@@ -144,10 +143,11 @@ def to_device(model, args, device):
     if args.compile:
         if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
             fail("--compile needs a C++ compiler, and g++ is not there: install it, or name another one in CXX")
+        torch._dynamo.config.wrap_top_frame = True  # without it, torch 2.11 leaves an nn.Sequential as it is
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000  # for all parts
         for child in model.children():
             for part in child if isinstance(child, torch.nn.ModuleList) else [child]:
-                part.compile()
+                part.compile(dynamic=False)  # else, a size that differs from part to part is a variable
     return model.to(device, memory_format=torch.channels_last)
 
 

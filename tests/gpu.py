@@ -225,8 +225,8 @@ def tests(args):
     command = ["-m", "pytest", "-v", "-rfE", "--tb=short", "-m", "cuda", "--durations=10", *flags]
     graphs = "tests/test_cuda_graph.py"  # in processes of their own: a capture that fails may spoil what comes after it
     files = ["tests/test_learning_curves.py"] if args.rehearse else ["tests", f"--ignore={graphs}"]
-    yield 1, [Job("tests", "pytest -m cuda", [*command, *files], 1)]
-    yield 1, [] if args.rehearse else [Job("tests", f"pytest -m cuda {graphs}", [*command, graphs], 0.5)]
+    captures = [] if args.rehearse else [Job("tests", f"pytest -m cuda {graphs}", [*command, graphs], 0.5)]
+    yield 2, [*captures, Job("tests", "pytest -m cuda", [*command, *files], 1)]
 
 
 def commands(args):
@@ -234,11 +234,10 @@ def commands(args):
     first, more = (["bf16"], []) if args.rehearse else (["fp32", "fp16", "bf16", "graph"], ["compile"])
     flags = [*few_steps(args, SIX_PROCESSES), "--save_folder", str(args.out / "commands")]
     sixfold = Job("commands", SIX_PROCESSES, [*shlex.split(SIX_PROCESSES), *flags], 0.5)
+    large_soon = [f"{IMAGENET}{way}.py --arch resnet152 -b 64" for way in ("", "_dgl")]
+    soon = [] if args.rehearse else [sixfold, *measured(args, "commands", large_soon, ["half"])]
     compiled = [] if args.rehearse else [f"{LEARNING}_dgl.py"]
-    soon = [] if args.rehearse else [f"{IMAGENET}{way}.py --arch resnet152 -b 64" for way in ("", "_dgl")]
-    yield 1, [*measured(args, "commands", soon, ["half"])]
-    early = [*measured(args, "commands", small, first), *([] if args.rehearse else [sixfold])]
-    yield args.jobs, [*early, *measured(args, "commands", compiled, more)]
+    yield args.jobs, [*soon, *measured(args, "commands", small, first), *measured(args, "commands", compiled, more)]
     yield 1, [*measured(args, "commands", large, ["bf16"])]
     yield 1, [*measured(args, "commands", large, ["fp32"])]
     yield args.jobs, [*measured(args, "commands", [c for c in small if c not in compiled], more)]
@@ -249,7 +248,7 @@ def measured(args, stage, commands, precisions, steps=4):
     for command in commands if precisions else []:
         steps = 1 if args.rehearse else steps
         worker = [ME, "worker", "measure", ",".join(precisions), f"{steps}", *shlex.split(command)]
-        minutes = 1 if precisions == ["compile"] else 0.5 if IMAGENET in command else 0.05 + 0.12 * len(precisions)
+        minutes = 1 if precisions == ["compile"] else 0.5 if IMAGENET in command else 0.05 + 0.06 * len(precisions)
         name = f"{command} {','.join(precisions)}"
         yield Job(stage, name, [*worker, *few_steps(args, command)], minutes)
 
@@ -477,7 +476,7 @@ def peak_of(way, flags, cuda, limit):
 
 def report(stage, jobs, out):
     """A stage's table, and the tables that its commands have printed, as Markdown."""
-    note = " (images/s: side by side on one GPU, but for imagenet_dgl's)" * (stage == "commands")
+    note = " (images/s: side by side on one GPU, but for imagenet_dgl's of 256 images)" * (stage == "commands")
     lines, printed = [f"\n## {stage}{note}\n"], []
     lines += ["| command | minutes | status | images/s | peak MiB |", "|---|---|---|---|---|"]
     for job in jobs:

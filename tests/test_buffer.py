@@ -772,13 +772,13 @@ def test_the_committed_sweeps_are_complete():
 def test_a_sweep_starts_no_more_runs_than_fit_in_memory(monkeypatch):
     """The larger run counts: two buffers of 50 batches of 128 images, float32 in 8 channels of 32x32 pixels."""
     sweeps = load(FOLDER, "sweep")
-    flags = ["--jobs", 4, "--buffer", 10, 50, "--", "--feature_size", 8, "--ncnn", 3, "--down", "[1]"]
+    flags = ["--jobs", 4, "--buffer", 10, 50, "--", "--no-cuda", "--feature_size", 8, "--ncnn", 3, "--down", "[1]"]
     runs = sweeps.grid(*sweeps.parse_args([str(flag) for flag in flags]))
-    needed = sweeps.REST + 2 * 50 * 128 * (8 * 32 * 32 * 4 + 8)  # and 8 bytes for a label
+    needed = sweeps.REST["cpu"] + 2 * 50 * 128 * (8 * 32 * 32 * 4 + 8)  # and 8 bytes for a label
     for free, jobs in [(0, 1), (3 * needed, 3), (3 * needed - 1, 2)]:
         monkeypatch.setattr(sweeps, "available_memory", lambda device, free=free: free)
         assert sweeps.jobs_that_fit(runs) == jobs
-    assert sweeps.jobs_that_fit({}) == (3 * needed - 1) // sweeps.REST
+    assert sweeps.jobs_that_fit({}) == (3 * needed - 1) // sweeps.REST["cpu"]
 
 
 def test_mistakes_in_a_sweep_end_it_before_it_starts(tmp_path, monkeypatch):

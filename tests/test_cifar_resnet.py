@@ -639,7 +639,8 @@ def test_a_decoder_that_is_sure_in_16_bits(precision):
 @pytest.mark.parametrize("name", ALL)
 def test_compiled(name, monkeypatch):
     compile_part = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda part: compile_part(part, backend="eager"))
+    monkeypatch.setattr(nn.Module, "compile", lambda part, **shapes: compile_part(part, backend="eager", **shapes))
+    monkeypatch.syspath_prepend(ROOT / "auxiliary_nets_study")  # torch imports the modules of what it compiles
     flags = [*ALL[name], "--depth", 8, "--num-modules", 1 if name == "backprop" else 3, "--lr", 0.01]
     losses = [train(make(*flags, *compiled)) for compiled in ([], ["--compile"])]
     assert losses[0] == pytest.approx(losses[1], rel=0.01)

@@ -466,20 +466,17 @@ def test_bf16_is_near_fp32(script, flags):
     assert losses[0] == pytest.approx(losses[1], rel=0.05)
 
 
-def test_mistakes_and_log_interval(tmp_path):
+def test_mistakes_and_flags_without_effect(tmp_path):
     script = "dni_comparisons/cifar_cnn_dni.py"
     for flags, part in [(["--context"], "needs --dni"), (["--dni", "--precision", "fp16"], "bf16")]:
         status, _, message = run(script, "--data", "digits", *flags, cwd=tmp_path)
         assert status == 2
         assert message.count("\n") == 1
         assert part in message
-    quick = ["--data", "digits", "--train-size", 40, "--batch-size", 8, "--epochs", 1, "--log-interval", 2]
-    published = ["--lr", 0.1, "--context"]
-    for name, flags in (("dni_comparisons/cifar_dgl.py", published), (script, [])):
-        status, text, message = run(name, *quick, *flags, cwd=tmp_path)
-        assert status == 0
-        assert message == "".join(f"{flag} has no effect any more\n" for flag in flags if flag != 0.1)
-        assert re.findall(r"batch (\d) of 5, loss: \d", text) == ["2", "4"]
+    quick = ["--data", "digits", "--train-size", 40, "--batch-size", 8, "--epochs", 1]
+    status, _, message = run("dni_comparisons/cifar_dgl.py", *quick, "--lr", 0.1, "--context", cwd=tmp_path)
+    assert status == 0
+    assert message == "--lr has no effect any more\n--context has no effect any more\n"
 
 
 # What a user reads

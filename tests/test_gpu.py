@@ -146,6 +146,9 @@ def test_what_is_tried_on_a_lent_machine_comes_first(tmp_path):
     assert jobs[0].minutes < 2.5
     expected = [job.minutes for _, jobs in gpu.tables(args) for job in jobs]
     assert max(expected[:2]) < 0.5 and sum(expected[:3]) < 3
+    (_, tests), (_, commands), *_ = [*gpu.tests(args), *gpu.commands(args)]
+    assert "test_cuda_graph" in tests[0].name
+    assert commands[0].name == gpu.SIX_PROCESSES
 
 
 @pytest.mark.slow

@@ -889,6 +889,31 @@ def test_evaluate_with_images_of_another_size(whole_run, tree, tmp_path):
     assert message.endswith(": evaluate it with --image-size 32\n")
 
 
+@pytest.mark.parametrize("print_freq", [0, 10])
+def test_speed_of_a_gpu_that_is_batches_behind(print_freq, monkeypatch):
+    """It computes 0.4 s on a batch, which the CPU launches in 0.05 s until four batches wait."""
+    now, shown = types.SimpleNamespace(cpu=0.0, gpu=0.0), []
+
+    def synchronize():
+        now.cpu = max(now.cpu, now.gpu)
+
+    monkeypatch.setattr(runs.time, "perf_counter", lambda: now.cpu)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
+    batches = type("Batches", (list,), {"device": torch.device("cuda")})([(None, range(256))] * 50)
+    meter = types.SimpleNamespace(look=lambda: synchronize() or ((0, 0, 0), (0, 0, 0)))
+    watcher = runs.Run.__new__(runs.Run)
+    watcher.args = types.SimpleNamespace(print_freq=print_freq, dummy=True)
+    watcher.pipeline, watcher.show = None, shown.append
+    for _ in watcher.watch(batches, [meter], 0):
+        now.cpu = max(now.cpu + 0.05, now.gpu - 4 * 0.4)
+        now.gpu = max(now.cpu, now.gpu) + 0.4
+    speed, memory = re.fullmatch(r"(\S+) training images/s, peak memory (\S+) GiB a rank", shown[-1]).groups()
+    assert float(speed) == pytest.approx(256 / 0.4, rel=0.02)
+    assert memory == "3.00"
+
+
 def test_a_loss_that_is_not_finite_ends_the_run(tree, tmp_path):
     """At once where a line is printed, otherwise at the end of the epoch."""
     for print_freq in (1, 0):

@@ -167,6 +167,13 @@ def test_another_seed_gives_another_run(script, whole_run, tmp_path):
     assert lines[0][0] != lines[1][0]
 
 
+@pytest.mark.parametrize("script", [script for script in SCRIPTS if script.startswith(("ddg", "dni"))])
+def test_log_interval(script, tmp_path):
+    status, text, _ = run(script, *SCRIPTS[script], "--epochs", 1, "--log-interval", 2, cwd=tmp_path)
+    assert status == 0
+    assert re.findall(r"batch (\d) of (\d), loss: \d", text) == [("2", "3")]
+
+
 @every_script
 def test_interrupted_killed_and_resumed_equals_never_stopped(script, whole_run, tmp_path):
     updates = updates_of(whole_run(script))
@@ -306,7 +313,7 @@ def test_compile(backend, tmp_path, monkeypatch):
     script, depth = "auxiliary_nets_study/cifar_dgl.py", 1
     if backend == "eager":
         compile_part, depth = nn.Module.compile, 2
-        monkeypatch.setattr(nn.Module, "compile", lambda part: compile_part(part, backend="eager"))
+        monkeypatch.setattr(nn.Module, "compile", lambda part, **shapes: compile_part(part, backend="eager", **shapes))
     flags = [*QUICK, "--feature_size", 4, "--depth", depth, "--epochs", 1]
     losses = []
     for name in ("plain", "compiled"):

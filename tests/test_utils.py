@@ -392,17 +392,17 @@ def test_at_least_refuses(text, capsys):
 
 
 @pytest.mark.slow
-def test_every_part_of_a_network_of_many_is_compiled(monkeypatch):
-    """All parts share the cache of one forward method, whose size torch limits."""
+def test_every_part_of_a_network_of_many_is_compiled_for_its_own_size(monkeypatch):
+    """All parts share one cache, which torch limits, and what it has learned of the sizes of images."""
     if not shutil.which("g++"):
         pytest.skip("torch.compile needs a C++ compiler")
     compile_part, graphs = nn.Module.compile, []
     count = lambda graph, inputs: graphs.append(graph) or graph.forward  # noqa: E731
-    monkeypatch.setattr(nn.Module, "compile", lambda part: compile_part(part, backend=count))
+    monkeypatch.setattr(nn.Module, "compile", lambda part, **shapes: compile_part(part, backend=count, **shapes))
     torch._dynamo.reset()
-    parts = [nn.Sequential(nn.Linear(2, width)) for width in range(1, 71)]
+    parts = [nn.Sequential(nn.Conv1d(1, 1, 1)) for _ in range(70)]
     utils.to_device(nn.Sequential(nn.ModuleList(parts)), argparse.Namespace(compile=True), torch.device("cpu"))
-    for part in parts:
-        part(torch.zeros(1, 2))
+    for width, part in enumerate(parts, start=2):  # a width of 1 is never a variable
+        part(torch.zeros(1, 1, width))
     assert len(graphs) == len(parts)
     torch._dynamo.reset()
