@@ -199,7 +199,7 @@ class ProductQuantizer(nn.Module):
         self.sums.lerp_(sums.view_as(self.sums), 1 - self.decay)
         self.counts.lerp_(counts.view_as(self.counts), 1 - self.decay)
         fair = self.counts.sum(1, keepdim=True) / self.codewords
-        dead = self.counts <= self.dead * fair  # at the first batch, all of them
+        dead = self.counts <= self.dead * fair  # at the first batch, all but one
         self.counts.copy_(torch.where(dead, fair, self.counts))
         self.sums.copy_(torch.where(dead[..., None], fair[..., None] * spare, self.sums))
         self.codebook.copy_(self.sums / self.counts[..., None])

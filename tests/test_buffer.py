@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 
-import psutil  # comes with ipykernel
+import psutil
 import pytest
 import torch
 import torch.nn.functional as F
@@ -94,12 +94,13 @@ def test_buffer_against_an_obvious_one(size, max_reuse, sampling, operations):
                 entry[1] += 1
 
 
-def test_random_sampling_takes_every_batch_as_often():
+def test_random_sampling_takes_every_batch_as_often_whichever_was_last():
     ring = buffer.Buffer(4, 1, (1, 1, 1), sampling="random")
     for i in range(4):
         ring.put(torch.zeros(1, 1, 1, 1), torch.tensor([i]))
     chosen = torch.cat([ring.sample()[1].clone() for _ in range(2000)])
     assert (chosen.bincount() / 500).sub(1).abs().max() < 0.2
+    assert (chosen[1:] == chosen[:-1]).float().mean() == pytest.approx(1 / 4, abs=0.04)
 
 
 @pytest.mark.parametrize(
@@ -517,12 +518,17 @@ def test_inputs_that_are_codewords_come_back_as_they_were(groups, codewords, dty
     assert torch.equal(quantizer.decode(quantizer.encode(x)), x)
 
 
-def test_an_index_is_that_of_the_nearest_codeword():
+def test_an_index_is_that_of_the_nearest_codeword_in_any_precision():
     torch.manual_seed(0)
-    quantizer = buffer.ProductQuantizer(6, 3, 10)
-    quantizer.update(torch.randn(4, 6, 8, 8))
-    x = torch.randn(2, 6, 4, 4)
-    indices = quantizer.encode(x)
+    quantizer, other = (buffer.ProductQuantizer(6, 3, 100) for _ in range(2))
+    batch, x = torch.randn(4, 6, 8, 8), torch.randn(2, 6, 4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        quantizer.update(batch)
+        quantizer.update(batch)
+        indices = quantizer.encode(x)
+    other.update(batch)
+    other.update(batch)
+    assert torch.equal(quantizer.codebook, other.codebook)
     for b, i, j, g in itertools.product(range(2), range(4), range(4), range(3)):
         distances = (quantizer.codebook[g] - x[b, 2 * g : 2 * g + 2, i, j]).square().sum(1)
         assert indices[b, i, j, g] == distances.argmin()
@@ -540,6 +546,27 @@ def test_the_distortion_falls():
     error = (quantizer.decode(quantizer.encode(x)) - x).square().sum() / x.square().sum()
     assert error == pytest.approx(errors[-1], rel=0.1)
     assert math.isnan(quantizer.pop_error())  # nothing seen since
+
+
+def test_a_codeword_with_less_than_a_hundredth_of_its_share_becomes_a_vector_of_the_batch():
+    torch.manual_seed(0)
+    quantizer, (first, x) = buffer.ProductQuantizer(8, 2, 8), torch.randn(2, 8, 8, 8, 8)
+
+    def is_in(codeword, group, batch):
+        return (quantizer.codebook[group, codeword] - quantizer.vectors(batch)[:, group]).abs().sum(1).min() < 1e-4
+
+    quantizer.update(first)
+    assert [[is_in(i, group, first) for i in range(8)] for group in range(2)] == [[False, *[True] * 7]] * 2
+    fair = quantizer.counts.sum(1) / 8
+    for i, share in ((3, 0.05), (4, 0.005)):  # too far from everything
+        quantizer.codebook[:, i] = 1000.0
+        quantizer.counts[:, i] = share * fair
+        quantizer.sums[:, i] = 1000.0 * share * fair[:, None]
+    quantizer.update(x)
+    for group in range(2):
+        assert quantizer.codebook[group, 3].tolist() == pytest.approx([1000.0] * 4)
+        assert is_in(4, group, x)
+        assert not is_in(4, group, first)
 
 
 def test_dead_codewords_are_revived():
@@ -991,4 +1018,21 @@ def test_memory_is_compared_with_what_is_free(monkeypatch):
     with pytest.raises(SystemExit, match="2"):
         make("--buffer", 3)
     make("--buffer", 3, "--quantize", "1,4")  # fits
-    assert 0 < buffer.available_memory(torch.device("cpu")) < 2**50
+
+
+def test_available_memory(tmp_path, monkeypatch):
+    """The system's, or what is left of a container's share, without the files in its cache."""
+    cpu = torch.device("cpu")
+    assert 0 < buffer.available_memory(cpu) <= psutil.virtual_memory().total
+    monkeypatch.setattr(buffer, "Path", lambda name: tmp_path / name.removeprefix("/"))
+    assert buffer.available_memory(cpu) == psutil.virtual_memory().total
+    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemAvailable: 1000 kB\n")
+    assert buffer.available_memory(cpu) == 1024 * 1000
+    group = tmp_path / "sys/fs/cgroup"
+    group.mkdir(parents=True)
+    for name, text in (("memory.stat", "anon 7\ninactive_file 100\n"), ("memory.current", "300\n")):
+        (group / name).write_text(text)
+    for limit, free in (("max", 1024 * 1000), ("500", 500 - (300 - 100)), (str(10**9), 1024 * 1000)):
+        (group / "memory.max").write_text(f"{limit}\n")
+        assert buffer.available_memory(cpu) == free
