@@ -373,8 +373,8 @@ def test_mistakes(tmp_path):
     assert run(SCRIPT, "--help", cwd=tmp_path)[0] == 0
 
 
-def test_a_resumed_module_that_is_done_feeds_as_fast_as_it_trained(monkeypatch):
-    script, batch = load("buffer_experiments", "cifar_async"), (torch.zeros(10, 4, 32, 32), torch.zeros(10).long())
+def test_a_resumed_module_that_is_done_feeds_in_eval_mode_as_fast_as_it_trained(monkeypatch):
+    script, batch = load("buffer_experiments", "cifar_async"), (torch.randn(10, 4, 32, 32), torch.zeros(10).long())
     args, sent, slept = script.parse_args([*map(str, QUICK)]), [], []
     network = script.make_network(args, 10)
     parts = torch.nn.ModuleList([network.blocks[1], network.auxiliary_nets[1]])
@@ -393,6 +393,8 @@ def test_a_resumed_module_that_is_done_feeds_as_fast_as_it_trained(monkeypatch):
     monkeypatch.setattr("time.sleep", slept.append)
     resumed.feed(lambda: len(sent) == 2)
     assert slept == pytest.approx([500, 500], abs=100)
+    with torch.no_grad():
+        assert torch.equal(sent[1][0], network.blocks[1].eval()(batch[0]))
     assert not resumed.pop_figures()["steps"]
 
 

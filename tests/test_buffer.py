@@ -473,6 +473,7 @@ def test_evaluate_equals_forward_upto_n():
     images = torch.randint(256, (30, 32, 32, 3), dtype=torch.uint8)
     batches = cifar.Batches(images, torch.arange(30) % 4, 8, "cpu")
     layers, ensembles = script.evaluate(model, utils.autocast(args, torch.device("cpu")), batches)
+    model.eval()
     with torch.no_grad():
         for n in range(3):
             top1 = ensemble = 0

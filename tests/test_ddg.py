@@ -227,6 +227,7 @@ def test_evaluate_is_one_pass_and_equals_the_forward_passes(method, device):
     hook = model.blocks[0].register_forward_hook(lambda *_: runs.append(1))
     top1 = training.script.evaluate(model, training.autocast, test)
     hook.remove()
+    model.eval()
     assert len(runs) == len(test) == 3
     top1 = top1 if isinstance(top1, list) else [top1]
     with torch.no_grad():
