@@ -147,7 +147,7 @@ def to_device(model, args, device):
         torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 1000  # for all parts
         for child in model.children():
             for part in child if isinstance(child, torch.nn.ModuleList) else [child]:
-                part.compile(dynamic=False)  # else, a size that differs from part to part is a variable
+                part.compile(dynamic=False)  # for each size; else sizes that differ between parts are variables
     return model.to(device, memory_format=torch.channels_last)
 
 

@@ -198,7 +198,7 @@ class Run(utils.Run):
             due = self.args.print_freq and i % self.args.print_freq == 0
             results = {n: meter.look() for n, meter in shown.items()} if due else {}  # waits for the device
             if i + 1 == clock.first(len(batches)) and batches.device.type == "cuda":
-                torch.cuda.synchronize()  # what the GPU still has to do for these batches does not count
+                torch.cuda.current_stream().synchronize()  # what is still to do for these batches does not count
                 torch.cuda.reset_peak_memory_stats()  # nor the memory that the search for the fastest kernels needs
             clock.trained()
             sizes.append(len(batch[1]) * shares)

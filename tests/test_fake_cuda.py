@@ -8,6 +8,7 @@ only gives every parameter a gradient), the optimizers' kernels, CUDA graphs, NC
 
 import argparse
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -95,6 +96,7 @@ def pretended_gpu(monkeypatch):
     patch(torch.cuda, "mem_get_info", lambda *_: (2**40, 2**40))
     for name in ("get_rng_state", "set_rng_state", "synchronize", "reset_peak_memory_stats", "max_memory_allocated"):
         patch(torch.cuda, name, lambda *_: 0)
+    patch(torch.cuda, "current_stream", lambda *_: types.SimpleNamespace(synchronize=lambda: None))
 
 
 class Pretended:

@@ -899,6 +899,7 @@ def test_speed_of_a_gpu_that_is_batches_behind(print_freq, monkeypatch):
 
     monkeypatch.setattr(runs.time, "perf_counter", lambda: now.cpu)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: types.SimpleNamespace(synchronize=synchronize))
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 3 * 2**30)
     batches = type("Batches", (list,), {"device": torch.device("cuda")})([(None, range(256))] * 50)
