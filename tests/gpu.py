@@ -170,7 +170,7 @@ def execute(job, out, end):
         options = {"env": os.environ | environment, "stdout": log, "stderr": log, "stdin": subprocess.DEVNULL}
         process = subprocess.Popen([sys.executable, *job.command], cwd=cwd, start_new_session=True, **options)
         children = []
-        patience = 180 * job.minutes + 30 if job.minutes else end - begin  # one that hangs may not keep the others
+        patience = 180 * job.minutes + 75 if job.minutes else end - begin  # one that hangs may not keep the others
         try:
             job.status = process.wait(min(end - begin, patience))
         except subprocess.TimeoutExpired:
