@@ -129,19 +129,18 @@ class DGLNet(nn.Module):
             last = layers == self.layers[-1]
             self.auxiliary_nets.append(AuxiliaryNet(type_aux, channels, side, num_classes, last))
 
-    def forward(self, x, n, upto=False, with_features=False):
+    def forward(self, x, n, upto=False):
         """Run module n on its input x. With `upto`, x is the images, and blocks 0 to n-1 run first.
 
         Returns:
-            (logits of auxiliary net n (B, num_classes), output of block n (B, C, s, s)); `with_features` adds
-            the features (B, 4C) from which auxiliary net n's linear layer computes the logits.
+            (logits of auxiliary net n (B, num_classes), output of block n (B, C, s, s)).
         """
         if upto:
             for block in self.blocks[:n]:
                 x = block(x)
         representation = self.blocks[n](x)
-        logits, features = self.auxiliary_nets[n](representation)
-        return (logits, representation, features) if with_features else (logits, representation)
+        logits, _ = self.auxiliary_nets[n](representation)
+        return logits, representation
 
 
 def costs(model):
@@ -221,9 +220,11 @@ def set_learning_rate(optimizers, epoch):
 def train_step(images, labels, model, optimizers, scalers, autocast, meters, beta):
     """Synchronous DGL on a batch (Algorithm 1). Each module updates before the next one sees the batch."""
     x = images
-    for n, (optimizer, scaler) in enumerate(zip(optimizers, scalers)):
+    for n, optimizer, scaler in zip(train_step.branches(len(optimizers)), optimizers, scalers):
         with autocast:
-            logits, representation, features = model(x, n, with_features=True)
+            representation = model.blocks[n](x)
+            x = train_step.hand_over(representation)
+            logits, features = model.auxiliary_nets[n](representation)
         last = n == len(optimizers) - 1
         loss = local_loss(logits.float(), features, labels, 0.0 if last else beta)
         optimizer.zero_grad()
@@ -231,7 +232,6 @@ def train_step(images, labels, model, optimizers, scalers, autocast, meters, bet
         scaler.step(optimizer)
         scaler.update()
         meters[n].update(loss, logits, labels)
-        x = representation.detach()  # update unlocking: nothing flows back across modules
 
 
 def train_epoch(model, optimizers, scalers, autocast, batches, meters, beta=0.0):

@@ -138,6 +138,7 @@ def train_module(n, x, images, labels, model, optimizers, scalers, autocast, met
     block, local_loss = model.blocks[n], model.auxiliary_nets[n]
     with autocast:
         representation = block(x)
+        output = train_step.hand_over(representation)
         logits, more = local_loss(representation)
     loss = local_loss.loss(*to_float((logits, more)), images, labels)
     optimizers[n].zero_grad()
@@ -146,7 +147,7 @@ def train_module(n, x, images, labels, model, optimizers, scalers, autocast, met
     scalers[n].update()
     local_loss.after_step()
     meters[n].update(loss, logits, labels)
-    return representation.detach()  # nothing flows back across modules
+    return output
 
 
 def to_float(outputs):
@@ -159,8 +160,9 @@ def to_float(outputs):
 @cifar.CudaGraph
 def train_step(images, labels, model, *parts):
     """A batch (DGL's Algorithm 1): each module updates before the next one sees the batch."""
-    x = images
-    for n in range(len(model.blocks)):
+    x, number = images, len(model.blocks)
+    in_turn = any(net.reads for net in model.auxiliary_nets)
+    for n in range(number) if in_turn else train_step.branches(number):
         x = train_module(n, x, images, labels, model, *parts)
 
 

@@ -49,7 +49,7 @@ class LocalLoss(nn.Module):
     """The auxiliary network of a module, and its loss. It is made from a Place and the script's flags."""
 
     flags = ()  # names of those that it reads and some other method does not, which refuses them
-    reads = ""  # what it takes from other modules' parameters, for the audit: nothing
+    reads = ""  # what it takes from other modules' parameters: nothing. If anything, modules train one after the other
     views = 1  # how often it may run its own BatchNorms on a batch, for the audit
 
     def __init_subclass__(cls, name=None):

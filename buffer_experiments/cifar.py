@@ -265,8 +265,8 @@ class Meter:
 
 
 def add_cuda_graph_flag(parser):
-    help = "replay training steps as CUDA graphs (not tried on a GPU yet)"
-    parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=False, help=help)
+    help = "on a GPU, replay training steps as CUDA graphs"
+    parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True, help=help)
 
 
 class CudaGraph:
@@ -274,14 +274,19 @@ class CudaGraph:
 
     A graph launches all kernels of a step at once; launched one by one, they keep these small networks' GPU waiting.
     For each size of batch and each network, WARM_UP steps run as they are written, and the next one is captured. With
-    other optimizers or learning rates, that begins again. What a step returns is overwritten by the next replay.
+    another learning rate, the next one is captured again; with other optimizers, everything begins again. What a step
+    returns is overwritten by the next replay.
+
+    DGL's modules run side by side in the graph (`branches`), so the activations of all are in memory at the same time.
     """
 
     DEVICE, WARM_UP = "cuda", 3
 
     def __init__(self, step):
         functools.update_wrapper(self, step)
-        self.step, self.enabled, self.captures, self.stream = step, False, {}, None
+        self.step, self.enabled, self.captures = step, False, {}
+        self.stream, self.streams, self.branching = None, [], False  # of the capture, of its branches
+        self.handed_over, self.ready = [], None
 
     def __call__(self, images, labels, *parts):
         if not self.enabled or images.device.type != self.DEVICE:
@@ -289,15 +294,16 @@ class CudaGraph:
         flat = [part for item in parts for part in (item if isinstance(item, list) else [item])]
         groups = [group for part in flat if isinstance(part, torch.optim.Optimizer) for group in part.param_groups]
         key = images.shape, *(id(part) for part in flat if isinstance(part, int | nn.Module))
-        fixed = [*map(id, flat), *(group["lr"] for group in groups)]
-        if key not in self.captures or self.captures[key].fixed != fixed:
-            self.captures[key] = types.SimpleNamespace(fixed=fixed, parts=flat, steps=0)  # no other part gets their ids
+        fixed, rates = [*map(id, flat)], [group["lr"] for group in groups]
+        if key not in self.captures or self.captures[key].fixed != fixed:  # keep the parts: no other one gets their ids
+            self.captures[key] = types.SimpleNamespace(fixed=fixed, parts=flat, steps=0, rates=None)
         capture = self.captures[key]
         capture.steps += 1
         if capture.steps <= self.WARM_UP:
             return self.run_eagerly(images, labels, *parts)
-        if capture.steps == self.WARM_UP + 1:
-            capture.inputs, capture.graph = (images.clone(), labels.clone()), torch.cuda.CUDAGraph()
+        if capture.rates != rates:
+            capture.rates, capture.graph = rates, torch.cuda.CUDAGraph()
+            capture.inputs = images.clone(), labels.clone()
             with_step_on_device = [group for group in groups if "capturable" in group]  # Adam's, if fused, as here
             for group in with_step_on_device:
                 group["capturable"] = True
@@ -305,7 +311,7 @@ class CudaGraph:
             gc.disable()  # an older graph that is destroyed during the capture would spoil it
             try:
                 with torch.cuda.graph(capture.graph, stream=self.stream):
-                    capture.outputs = self.step(*capture.inputs, *parts)
+                    capture.outputs = self.run(*capture.inputs, *parts)
             finally:
                 gc.enable()
                 for group in with_step_on_device:
@@ -320,9 +326,43 @@ class CudaGraph:
         self.stream = self.stream or torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
-            outputs = self.step(*arguments)
+            outputs = self.run(*arguments)
         torch.cuda.current_stream().wait_stream(self.stream)
         return outputs
+
+    def run(self, *arguments):
+        self.branching = True
+        try:
+            return self.step(*arguments)
+        finally:
+            self.branching = False
+            self.handed_over.clear()
+
+    def branches(self, number):
+        """The numbers of a network's modules, to train one after the other.
+
+        In a graph, each is a branch that begins when the previous one has handed over its output (`hand_over`), so they
+        run at the same time. Then a module may not read what another one changes.
+        """
+        if not self.branching:
+            yield from range(number)
+            return
+        main = torch.cuda.current_stream()
+        self.ready = main.record_event()
+        self.streams += [torch.cuda.Stream() for _ in range(number - len(self.streams))]
+        for n, stream in zip(range(number), self.streams):
+            stream.wait_event(self.ready)
+            with torch.cuda.stream(stream):
+                yield n
+        for stream in self.streams[:number]:
+            main.wait_stream(stream)
+
+    def hand_over(self, representation):
+        """A block's output for the next module, detached: no gradient crosses between modules (update unlocking)."""
+        if self.branching:
+            self.ready = torch.cuda.current_stream().record_event()
+            self.handed_over.append(representation)  # its memory is not free before all branches have ended
+        return representation.detach()
 
 
 def log_epoch(run, n, epoch, meter, test_top1):

@@ -52,16 +52,17 @@ def train_step(images, labels, model, optimizers, scalers, autocast, meters):
     Returns the last module's loss.
     """
     x = images
-    for n, (optimizer, scaler) in enumerate(zip(optimizers, scalers)):
+    for n, optimizer, scaler in zip(train_step.branches(len(optimizers)), optimizers, scalers):
         with autocast:
-            logits, representation = model(x, n)
+            representation = model.blocks[n](x)
+            x = train_step.hand_over(representation)
+            logits = model.auxiliary_nets[n](representation)
             loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
         scaler.step(optimizer)
         scaler.update()
         meters[n].update(loss, logits, labels)
-        x = representation.detach()  # update unlocking: nothing flows back across modules
     return loss.detach()
 
 

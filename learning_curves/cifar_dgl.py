@@ -43,16 +43,17 @@ def set_learning_rate(optimizers, lr, epoch):
 def train_step(images, labels, model, optimizers, scalers, autocast, meters):
     """Synchronous DGL on a batch (Algorithm 1). Each module updates before the next one sees the batch."""
     x = images
-    for n, (optimizer, scaler) in enumerate(zip(optimizers, scalers)):
+    for n, optimizer, scaler in zip(train_step.branches(len(optimizers)), optimizers, scalers):
         with autocast:
-            logits, representation = model(x, n)
+            representation = model.blocks[n](x)
+            x = train_step.hand_over(representation)
+            logits = model.auxiliary_nets[n](representation)
             loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
         scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
         scaler.step(optimizer)
         scaler.update()
         meters[n].update(loss, logits, labels)
-        x = representation.detach()  # update unlocking: nothing flows back across modules
 
 
 def train_epoch(model, optimizers, scalers, autocast, batches, meters):

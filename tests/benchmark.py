@@ -2,7 +2,7 @@
 
     python tests/benchmark.py            # all rows; a CPU may need half an hour
     python tests/benchmark.py --rows DGL "auxiliary_nets_study: ResNet" --threads 1
-    python tests/benchmark.py --precision bf16 --cuda-graph    # on a GPU
+    python tests/benchmark.py --precision bf16    # on a GPU, with CUDA graphs; --no-cuda-graph: without
     python tests/benchmark.py --rows DGL --profile             # and which kernels the time goes into
 
 A row is the median over passes of the script's own train_epoch, data preparation included, at batch 128. GFLOP/s counts
@@ -146,7 +146,7 @@ def learning_curves(args):
 
     yield "forward of layers 1-3 + DGL's step of layer 4", parts_of_layer_4, None
     # Last, because it changes the memory format. A graph's would stay as it was.
-    if args.cuda_graph:
+    if torch.cuda.is_available() and not args.no_cuda and not args.no_cuda_graph:
         return
     c.use_default_layout()
     c.network(c.model)
@@ -335,7 +335,7 @@ def main(argv=None):
     parser.add_argument("--no-cuda", action="store_true")
     parser.add_argument("--precision", choices=["fp32", "tf32", "bf16", "fp16"], default="fp32", help="as the scripts'")
     parser.add_argument("--layout", choices=["channels_last", "contiguous"], default="channels_last")
-    parser.add_argument("--cuda-graph", action="store_true", help="replay training steps, where the script can")
+    parser.add_argument("--no-cuda-graph", action="store_true", help="on a GPU, launch each kernel by itself")
     parser.add_argument("--profile", action="store_true", help="print a table of the kernels of each row, too")
     args = parser.parse_args(argv)
     if args.threads:
@@ -351,7 +351,7 @@ def main(argv=None):
                 with FlopCounterMode(display=False) as counter:
                     train()
                 memory = peak_memory(train, device)
-                switch_graphs(args.cuda_graph)
+                switch_graphs(not args.no_cuda_graph)
                 rate = images / seconds(train, device)
                 if args.profile:
                     print_profile(name, train, device)

@@ -2,7 +2,7 @@
 
     python tests/gpu.py --list                                            # what would run, with its expected minutes
     python tests/gpu.py --minutes 4 --archive back/1.tar.gz --stage tests commands
-    python tests/gpu.py --minutes 7 --archive back/2.tar.gz --stage tables runs --cuda-graph --data cifar10-jpeg.tar.xz
+    python tests/gpu.py --minutes 7 --archive back/2.tar.gz --stage tables runs --data cifar10-jpeg.tar.xz
     python tests/gpu.py --rehearse --out rehearsal                        # the same on a CPU, with everything tiny
 
 tests: `pytest -m cuda`. commands: every published command for a few steps, in all precisions. tables: speed and memory,
@@ -61,21 +61,22 @@ PRECISIONS = {  # the flags of each; what a script refuses is said in the table
     "fp16": "--precision fp16",
     "half": "--half --dynamic-loss-scale",
     "bf16": "--precision bf16",
-    "graph": "--precision bf16 --cuda-graph",
+    "eager": "--precision bf16 --no-cuda-graph",
     "compile": "--precision bf16 --compile",
 }
 LAYOUTS = [f"--precision {p} --layout {layout}" for p in ("tf32", "bf16") for layout in ("channels_last", "contiguous")]
 VGG = "'auxiliary_nets_study: mlp' 'auxiliary_nets_study: cnn'"
 TABLES = {  # most wanted first, and the minutes that each is expected to take
-    "tests/benchmark.py --profile --precision bf16 --cuda-graph --rows DGL 'auxiliary_nets_study: mlp-sr'": 0.4,
+    "tests/benchmark.py --profile --precision bf16 --rows DGL 'auxiliary_nets_study: mlp-sr'": 0.4,
     "ddg_comparisons/memory.py": 0.4,
-    "tests/benchmark.py --precision bf16 --cuda-graph": 2,
-    "tests/benchmark.py": 2,
+    "tests/benchmark.py --precision bf16": 3,
+    "tests/benchmark.py": 3,
     f"{ME} worker largest_batches 16": 1.2,  # GiB, as the published GPU had
-    "tests/benchmark.py --precision bf16": 2,
+    "tests/benchmark.py --precision bf16 --no-cuda-graph": 3,
     **{f"tests/benchmark.py --rows {VGG} {flags}": 0.3 for flags in LAYOUTS},
     f"{ME} worker largest_batches 0": 1.5,  # the whole GPU
 }
+EPOCHS = 60  # of dni_comparisons: as many as fit
 SLOW = {"1.11": 0.1, "1.25": 0.2, "1.5": 0.3333, "2": 0.5}  # slowdown: --noise
 BUFFERS = f"{BUFFER}_buffer.py --nepochs 50 --precision bf16 --seed 0 --buffer"
 LOCAL = {  # method: GFLOP of an image in ResNet-32 with K modules, as `--costs` prints them
@@ -91,35 +92,42 @@ LOCAL = {  # method: GFLOP of an image in ResNet-32 with K modules, as `--costs`
 
 
 def local_run(gflop, method, depth, modules):
-    """A line of RUNS. A step has 1024 images."""
-    launch, name = depth / 6 + 2 * modules, method.replace(" --infopro-loss ", "-")
+    """A line of RUNS. The rate is a guess."""
+    name = method.replace(" --infopro-loss ", "-")
     flags = f"--epochs 40 --precision bf16 --depth {depth}" + f" --num-modules {modules}" * (modules > 1)
-    return 40, gflop, launch / 8, f"{RESNET} {flags} --method {method} --name gpu-{depth}-{name}_k{modules}"
+    return 40, 16 / gflop, f"{RESNET} {flags} --method {method} --name gpu-{depth}-{name}_k{modules}"
 
 
-RUNS = [  # most wanted first: passes over CIFAR-10, GFLOP of an image, ms to launch the kernels of a step of 128 images
-    *((50, 0.35, 4.5, f"{LEARNING}_dgl.py --epochs 50 --seed {s} --name gpu-seed{s}") for s in (1, 2, 3)),
-    (200, 0.13, 1.5, f"{LEARNING}_sequential_greedy.py --epochs 50 --seed 1 --name gpu-seed1"),
-    (50, 2.8, 7, f"{AUXILIARY} --epochs 50 --precision bf16 --type_aux mlp-sr --name gpu-mlp-sr"),
-    (50, 2.7, 7, f"{AUXILIARY} --epochs 50 --precision bf16 --type_aux mlp --name gpu-mlp"),
-    (50, 11.5, 7, f"{AUXILIARY} --epochs 50 --precision bf16 --type_aux cnn --name gpu-cnn"),
-    (200, 0.3, 0.5, f"{DNI}_cnn_dni.py --epochs 200 --precision bf16 --name gpu-backprop"),
-    (200, 1.0, 1.5, f"{DNI}_cnn_dni.py --epochs 200 --precision bf16 --dni --name gpu-dni"),
-    (200, 1.0, 1.5, f"{DNI}_cnn_dni.py --epochs 200 --precision bf16 --dni --context --name gpu-cdni"),
-    (200, 1.0, 1.5, f"{DNI}_dgl.py --epochs 200 --precision bf16 --name gpu-dgl"),
-    (50, 2.6, 7, f"{BUFFERS} 50 --name gpu-m50"),
-    *((50, 2.6, 7, f"{BUFFERS} 50 --layer_noise 3 --noise {n} --name gpu-slow{times}") for times, n in SLOW.items()),
-    (50, 2.6, 7, f"{BUFFERS} 1 --name gpu-m1"),
-    *((50, 2.6, 2 * G, f"{BUFFERS} 50 --quantize {G},256 --name gpu-quantize{G}x256") for G in (8, 32)),
-    *((40, 0.77, 14, f"{DDG}_{m}.py --epochs 40 --drops 20 30 --name gpu-k2") for m in ("backprop", "dgl", "ddg")),
-    (40, 0.77, 16, f"{DDG}_features_replay.py --epochs 40 --drops 20 30 --name gpu-k2"),
+RUNS = [  # most wanted first: passes over CIFAR-10, thousand images/s on an H200 (roughly; its own graphs), command
+    (50, 50, f"{LEARNING}_dgl.py --epochs 50 --precision bf16 --test-batch-size 2000 --name gpu-bf16"),
+    (50, 25, f"{AUXILIARY} --epochs 50 --precision bf16 --type_aux mlp-sr --name gpu-mlp-sr"),
+    (50, 15, f"{AUXILIARY} --epochs 50 --precision bf16 --type_aux cnn --name gpu-cnn"),
+    (50, 25, f"{AUXILIARY} --epochs 50 --precision bf16 --type_aux mlp --name gpu-mlp"),
     *(
-        (40, 0.77, 18, f"{DDG}_{m}.py --epochs 40 --drops 20 30 --num_splits 4 --name gpu-k4")
-        for m in ("dgl", "ddg", "features_replay")
+        (EPOCHS, rate, f"{DNI}_{script} --epochs {EPOCHS} --precision bf16 --name gpu-{name}")
+        for rate, script, name in (
+            (90, "cnn_dni.py --dni", "dni"),
+            (90, "cnn_dni.py --dni --context", "cdni"),
+            (100, "dgl.py", "dgl"),
+            (150, "cnn_dni.py", "backprop"),
+        )
     ),
-    (50, 0.35, 4.5, f"{LEARNING}_dgl.py --epochs 50 --precision bf16 --name gpu-bf16"),
-    *((200, 0.13, 1.5, f"{LEARNING}_sequential_greedy.py --epochs 50 --seed {s} --name gpu-seed{s}") for s in (2, 3)),
-    (50, 2.8, 7, f"{AUXILIARY} --epochs 50 --name gpu-mlp-sr-fp32"),
+    *((50, 30, f"{LEARNING}_dgl.py --epochs 50 --seed {s} --name gpu-seed{s}") for s in (1, 2, 3)),
+    (200, 80, f"{LEARNING}_sequential_greedy.py --epochs 50 --seed 1 --name gpu-seed1"),
+    (50, 20, f"{BUFFERS} 50 --name gpu-m50"),
+    *((50, 20, f"{BUFFERS} 50 --layer_noise 3 --noise {n} --name gpu-slow{times}") for times, n in SLOW.items()),
+    (50, 20, f"{BUFFERS} 1 --name gpu-m1"),
+    *((50, rate, f"{BUFFERS} 50 --quantize {G},256 --name gpu-quantize{G}x256") for G, rate in ((8, 10), (32, 5))),
+    *(
+        (40, rate, f"{DDG}_{m}.py --epochs 40 --drops 20 30 --name gpu-k2")
+        for m, rate in (("backprop", 8), ("dgl", 8), ("ddg", 4), ("features_replay", 3))
+    ),
+    *(
+        (40, rate, f"{DDG}_{m}.py --epochs 40 --drops 20 30 --num_splits 4 --name gpu-k4")
+        for m, rate in (("dgl", 8), ("ddg", 4), ("features_replay", 3))
+    ),
+    *((200, 80, f"{LEARNING}_sequential_greedy.py --epochs 50 --seed {s} --name gpu-seed{s}") for s in (2, 3)),
+    (50, 10, f"{AUXILIARY} --epochs 50 --name gpu-mlp-sr-fp32"),
     local_run(0.41, "backprop", 32, 1),
     *(local_run(gflops[K], method, 32, K) for K in (4, 16, 2, 8) for method, gflops in LOCAL.items()),
     local_run(1.52, "backprop", 110, 1),
@@ -231,7 +239,7 @@ def tests(args):
 
 def commands(args):
     small, large = CIFAR_COMMANDS[:: 4 if args.rehearse else 1], IMAGENET_COMMANDS[: 1 if args.rehearse else None]
-    first, more = (["bf16"], []) if args.rehearse else (["fp32", "fp16", "bf16", "graph"], ["compile"])
+    first, more = (["bf16"], []) if args.rehearse else (["fp32", "fp16", "bf16", "eager"], ["compile"])
     flags = [*few_steps(args, SIX_PROCESSES), "--save_folder", str(args.out / "commands")]
     sixfold = Job("commands", SIX_PROCESSES, [*shlex.split(SIX_PROCESSES), *flags], 0.5)
     large_soon = [f"{IMAGENET}{way}.py --arch resnet152 -b 64" for way in ("", "_dgl")]
@@ -282,21 +290,19 @@ def tables(args):
 
 
 def runs(args):
-    """Full-length runs. Of those side by side, half are expected to compute at a time, with graphs all of two."""
-    jobs, size = [], 2 if args.cuda_graph else args.jobs
-    for passes, gflop, ms, command in [RUNS[0], RUNS[9], RUNS[-1]] if args.rehearse else RUNS:
-        rate = 120e3 if "bf16" in command else 30e3  # GFLOP/s, cautious for an H100
-        # DDG and FR are eager, and a new learning rate is a new capture: in cifar_resnet.py, in every epoch
-        graph = args.cuda_graph and not re.search("_(ddg|features_replay|resnet).py", command)
-        compute = 50_000 * gflop / rate * (size if graph else max(1, size / 2))
-        launch = 50_000 / 128 * (ms / 2 * size if graph else ms) / 1000
-        minutes = (15 + 1.1 * passes * max(compute, launch)) / 60  # 15 s to begin; a tenth for evaluation
+    """Full-length runs. Alone, each keeps half of the GPU busy or more."""
+    jobs = []
+    for passes, rate, command in [RUNS[0], RUNS[4], RUNS[-1]] if args.rehearse else RUNS:
+        minutes = (20 + 1.1 * passes * 50 / rate * max(1, args.jobs / 1.5)) / 60  # 20 s to begin; a tenth to evaluate
         flags = few_steps(args, command) if args.rehearse else ["--data", f"{args.tree}"]
-        flags += ["--save_folder", "runs", *(["--cuda-graph"] if graph else [])]
-        worker = [ME, "worker", "train", *shlex.split(command), *flags]
+        worker = [ME, "worker", "train", *shlex.split(command), *flags, "--save_folder", "runs"]
         if not committed(command):
             jobs.append(Job("runs", command, worker, minutes))
-    yield size, jobs
+    yield args.jobs, jobs
+
+
+def matching(jobs, args):
+    return [job for job in jobs if re.search(args.match, job.name)]
 
 
 def committed(command):
@@ -388,8 +394,8 @@ def measure(precisions, steps, script, *flags):
             while error.__context__:  # a capture that fails ends with another error
                 error = error.__context__
             status = f"failed: {type(error).__name__}: {str(error).splitlines()[0][:150] if str(error) else ''}"
-        # A replay allocates nothing
-        memory = torch.cuda.max_memory_allocated() / 2**20 if cuda and precision != "graph" else 0
+        replayed = getattr(getattr(module, "train_step", None), "enabled", False)  # a replay allocates nothing
+        memory = torch.cuda.max_memory_allocated() / 2**20 if cuda and not replayed else 0
         images, seconds = passes[-1]
         row = {"precision": precision, "status": status, "images/s": round(images / seconds) if seconds else 0}
         print("row:", json.dumps(row | {"peak MiB": round(memory)}), flush=True)
@@ -503,7 +509,7 @@ def parse_args(argv=None):
     add("--data", type=Path, help="CIFAR-10 for the runs: a folder with train/ and test/, or an archive of it")
     add("--stage", nargs="+", choices=SHARES, default=list(SHARES), help="only these")
     add("--jobs", type=int, default=max(1, min(6, cores // 2)), help="commands, and runs, side by side: 6 on 12 cores")
-    add("--cuda-graph", action="store_true", help="in the runs of the scripts that have it")
+    add("--match", default="", help="only the jobs whose name, in --list, has this regular expression")
     add("--list", action="store_true", help="show what would run")
     add("--rehearse", action="store_true", help="on a CPU, with everything tiny")
     args = parser.parse_args(argv)
@@ -522,7 +528,7 @@ def main(argv=None):
     if args.list:
         for stage, function in stages.items():
             for size, jobs in function(args):
-                for job in jobs:
+                for job in matching(jobs, args):
                     print(f"{stage}, {size} at a time, {job.minutes:.1f} minutes: {job.name}")
         return
     args.out.mkdir(parents=True, exist_ok=True)
@@ -546,7 +552,7 @@ def main(argv=None):
         for size, jobs in groups:
             for job in jobs if args.rehearse else []:
                 job.minutes = 0
-            for job in side_by_side(jobs, size, args, end):
+            for job in side_by_side(matching(jobs, args), size, args, end):
                 problem = job.problem(args.out)
                 print(f"{job.seconds:5.0f} s  {stage}: {job.name}: {problem or 'ok'}", flush=True)
                 problems += [f"- {stage}: {job.name}: {problem}: {job.log(args.out)}"] if problem else []

@@ -184,7 +184,8 @@ def test_predsim_against_a_direct_computation():
 def test_predsim_compares_the_last_layer_s_input_and_spares_the_last_module():
     model, *_ = parts = make("mlp-sr", 3)
     x = torch.randn(4, 3, 32, 32)
-    logits, representation, features = model(x, 0, with_features=True)
+    representation = model.blocks[0](x)
+    logits, features = model.auxiliary_nets[0](representation)
     assert torch.equal(logits, model.auxiliary_nets[0][-1](features))
     assert features.shape == (4, 4 * representation.shape[1])
     first, last = train(parts, beta=1.0)
