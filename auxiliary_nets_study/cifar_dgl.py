@@ -228,7 +228,7 @@ def train_step(images, labels, model, optimizers, scalers, autocast, meters, bet
         last = n == len(optimizers) - 1
         loss = local_loss(logits.float(), features, labels, 0.0 if last else beta)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
+        scaler.scale(loss).backward()  # frees its activations: without a graph, before the next module makes its own
         scaler.step(optimizer)
         scaler.update()
         meters[n].update(loss, logits, labels)

@@ -142,7 +142,7 @@ def train_module(n, x, images, labels, model, optimizers, scalers, autocast, met
         logits, more = local_loss(representation)
     loss = local_loss.loss(*to_float((logits, more)), images, labels)
     optimizers[n].zero_grad()
-    scalers[n].scale(loss).backward()  # frees the module's activations before the next module makes its own
+    scalers[n].scale(loss).backward()  # frees its activations: without a graph, before the next module makes its own
     scalers[n].step(optimizers[n])
     scalers[n].update()
     local_loss.after_step()

@@ -53,7 +53,7 @@ def measure(args, Network):
     Returns:
         a dict for each module: its last layer, parameters and forward FLOPs of an image of block and auxiliary network,
         bytes of activations kept; and a dict for the whole: parameters, FLOPs of an image forward and backward, bytes
-        of activations at the peak.
+        of activations at the peak, one module after the other.
     """
     B, checkpointed = args.batch_size, args.method == "checkpoint"
     with torch.device("meta"):

@@ -470,8 +470,6 @@ def main(argv=None):
             run = utils.Run(args, data, fixed=["epochs"], model=tested, members=members)
             if run.epoch == 0:
                 log_start(run, args, buffers, f"{args.slowdown:.3f} of layer {args.slow_layer}")
-            if device.type == "cuda":
-                print("cifar_async.py has not been tried on a GPU yet", file=sys.stderr)
             jobs = [(args, data.num_classes, len(data.train), member.state) for member in members]
         args, num_classes, epoch_steps, state = team.scatter(jobs)  # only rank 0 may see the checkpoint to resume
         if rank:

@@ -265,7 +265,7 @@ class Meter:
 
 
 def add_cuda_graph_flag(parser):
-    help = "on a GPU, replay training steps as CUDA graphs"
+    help = "on a GPU, replay training steps as CUDA graphs: faster, but all modules' activations are in memory at once"
     parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True, help=help)
 
 

@@ -50,7 +50,7 @@ def train_step(images, labels, model, optimizers, scalers, autocast, meters):
             logits = model.auxiliary_nets[n](representation)
             loss = F.cross_entropy(logits, labels)
         optimizer.zero_grad()
-        scaler.scale(loss).backward()  # frees the module's activations before the next module makes its own
+        scaler.scale(loss).backward()  # frees its activations: without a graph, before the next module makes its own
         scaler.step(optimizer)
         scaler.update()
         meters[n].update(loss, logits, labels)

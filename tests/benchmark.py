@@ -8,7 +8,8 @@
 A row is the median over passes of the script's own train_epoch, data preparation included, at batch 128. GFLOP/s counts
 convolutions and matrix products (torch.utils.flop_counter); its share is of the largest rate at which this machine
 multiplies matrices in this precision, measured before and after every row. Peak memory is the most that a
-training pass has allocated at a time beyond network, optimizer and data (on a CPU as torch.profiler counts it).
+training pass has allocated at a time beyond network, optimizer and data, without CUDA graphs (on a CPU as
+torch.profiler counts it).
 
 A new script adds its rows to `rows`.
 """
