@@ -159,7 +159,7 @@ def to_float(outputs):
 
 @cifar.CudaGraph
 def train_step(images, labels, model, *parts):
-    """A batch (DGL's Algorithm 1): each module updates before the next one sees the batch."""
+    """A batch (DGL's Algorithm 1): as if each module updated before the next one sees the batch."""
     x, number = images, len(model.blocks)
     in_turn = any(net.reads for net in model.auxiliary_nets)
     for n in range(number) if in_turn else train_step.branches(number):

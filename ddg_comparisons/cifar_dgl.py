@@ -47,7 +47,7 @@ def set_learning_rate(optimizers, epoch, drops=(150, 225)):
 
 @cifar.CudaGraph
 def train_step(images, labels, model, optimizers, scalers, autocast, meters):
-    """Synchronous DGL on a batch (Algorithm 1). Each module updates before the next one sees the batch.
+    """Synchronous DGL on a batch (Algorithm 1): as if each module updated before the next one sees the batch.
 
     Returns the last module's loss.
     """

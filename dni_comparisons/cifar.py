@@ -265,7 +265,7 @@ class Meter:
 
 
 def add_cuda_graph_flag(parser):
-    help = "on a GPU, replay training steps as CUDA graphs: faster, but all modules' activations are in memory at once"
+    help = "on a GPU, replay training steps as CUDA graphs: faster, but DGL's modules then need memory at the same time"
     parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True, help=help)
 
 
@@ -273,11 +273,11 @@ class CudaGraph:
     """Decorator for a training step (images, labels, *parts): on a GPU, captured in a CUDA graph and replayed.
 
     A graph launches all kernels of a step at once; launched one by one, they keep these small networks' GPU waiting.
-    For each size of batch and each network, WARM_UP steps run as they are written, and the next one is captured. With
-    another learning rate, the next one is captured again; with other optimizers, everything begins again. What a step
-    returns is overwritten by the next replay.
+    For each size of batch and each network, WARM_UP steps run as they are written, and the next one is captured. When a
+    learning rate changes, one step is eager, and the next one captured anew. With other optimizers, everything begins
+    again. What a step returns is overwritten by the next replay.
 
-    DGL's modules run side by side in the graph (`branches`), so the activations of all are in memory at the same time.
+    DGL's modules run side by side (`branches`), so the activations and workspaces of all are in memory at once.
     """
 
     DEVICE, WARM_UP = "cuda", 3
@@ -296,39 +296,44 @@ class CudaGraph:
         key = images.shape, *(id(part) for part in flat if isinstance(part, int | nn.Module))
         fixed, rates = [*map(id, flat)], [group["lr"] for group in groups]
         if key not in self.captures or self.captures[key].fixed != fixed:  # keep the parts: no other one gets their ids
-            self.captures[key] = types.SimpleNamespace(fixed=fixed, parts=flat, steps=0, rates=None)
+            self.captures[key] = types.SimpleNamespace(fixed=fixed, parts=flat, rates=None, eager=self.WARM_UP)
         capture = self.captures[key]
-        capture.steps += 1
-        if capture.steps <= self.WARM_UP:
+        if capture.rates != rates:  # a size of batch that comes once an epoch may never be worth a capture
+            capture.rates, capture.graph, capture.eager = rates, None, max(1, capture.eager)
+        if capture.eager:
+            capture.eager -= 1
             return self.run_eagerly(images, labels, *parts)
-        if capture.rates != rates:
-            capture.rates, capture.graph = rates, torch.cuda.CUDAGraph()
-            capture.inputs = images.clone(), labels.clone()
-            with_step_on_device = [group for group in groups if "capturable" in group]  # Adam's, if fused, as here
-            for group in with_step_on_device:
-                group["capturable"] = True
-            gc.collect()
-            gc.disable()  # an older graph that is destroyed during the capture would spoil it
-            try:
-                with torch.cuda.graph(capture.graph, stream=self.stream):
-                    capture.outputs = self.run(*capture.inputs, *parts)
-            finally:
-                gc.enable()
-                for group in with_step_on_device:
-                    group["capturable"] = False
+        if not capture.graph:
+            self.capture_step(capture, groups, images, labels, *parts)
         for static, new in zip(capture.inputs, (images, labels)):
             static.copy_(new)
         capture.graph.replay()
         return capture.outputs
 
     def run_eagerly(self, *arguments):
-        """Run the step on the stream of the capture: autograd's nodes may keep the stream that they first ran on."""
+        """Run the step on the streams of the capture: autograd's nodes may keep the stream that they first ran on."""
         self.stream = self.stream or torch.cuda.Stream()
         self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             outputs = self.run(*arguments)
         torch.cuda.current_stream().wait_stream(self.stream)
         return outputs
+
+    def capture_step(self, capture, groups, images, labels, *parts):
+        graph, capture.inputs = torch.cuda.CUDAGraph(), (images.clone(), labels.clone())
+        with_step_on_device = [group for group in groups if "capturable" in group]  # Adam's, if fused, as here
+        for group in with_step_on_device:
+            group["capturable"] = True
+        gc.collect()
+        gc.disable()  # an older graph that is destroyed during the capture would spoil it
+        try:
+            with torch.cuda.graph(graph, stream=self.stream):
+                capture.outputs = self.run(*capture.inputs, *parts)
+        finally:
+            gc.enable()
+            for group in with_step_on_device:
+                group["capturable"] = False
+        capture.graph = graph
 
     def run(self, *arguments):
         self.branching = True
@@ -339,23 +344,26 @@ class CudaGraph:
             self.handed_over.clear()
 
     def branches(self, number):
-        """The numbers of a network's modules, to train one after the other.
+        """The numbers of a network's modules, in order.
 
-        In a graph, each is a branch that begins when the previous one has handed over its output (`hand_over`), so they
-        run at the same time. Then a module may not read what another one changes.
+        In a graph, and in the steps before it, each is a branch that begins when the previous one has handed over its
+        output (`hand_over`), so they run at the same time. Then a module may neither read nor change what is another's.
         """
         if not self.branching:
             yield from range(number)
             return
-        main = torch.cuda.current_stream()
+        main, begun = torch.cuda.current_stream(), []
         self.ready = main.record_event()
         self.streams += [torch.cuda.Stream() for _ in range(number - len(self.streams))]
-        for n, stream in zip(range(number), self.streams):
-            stream.wait_event(self.ready)
-            with torch.cuda.stream(stream):
-                yield n
-        for stream in self.streams[:number]:
-            main.wait_stream(stream)
+        try:
+            for n, stream in zip(range(number), self.streams):
+                stream.wait_event(self.ready)
+                begun.append(stream)
+                with torch.cuda.stream(stream):
+                    yield n
+        finally:  # also after an error or Ctrl-C: no capture can end before its branches
+            for stream in begun:
+                main.wait_stream(stream)
 
     def hand_over(self, representation):
         """A block's output for the next module, detached: no gradient crosses between modules (update unlocking)."""

@@ -41,7 +41,7 @@ def make_optimizer(block, net):
 
 @cifar.CudaGraph
 def train_step(images, labels, model, optimizers, scalers, autocast, meter):
-    """Synchronous DGL on a batch (Algorithm 1). Each module updates before the next one sees the batch.
+    """Synchronous DGL on a batch (Algorithm 1): as if each module updated before the next one sees the batch.
 
     Returns the last module's loss.
     """

@@ -41,7 +41,7 @@ def set_learning_rate(optimizers, lr, epoch):
 
 @cifar.CudaGraph
 def train_step(images, labels, model, optimizers, scalers, autocast, meters):
-    """Synchronous DGL on a batch (Algorithm 1). Each module updates before the next one sees the batch."""
+    """Synchronous DGL on a batch (Algorithm 1): as if each module updated before the next one sees the batch."""
     x = images
     for n, optimizer, scaler in zip(train_step.branches(len(optimizers)), optimizers, scalers):
         with autocast:

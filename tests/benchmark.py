@@ -215,16 +215,17 @@ def ddg_comparisons(args):
         c = Context("ddg_comparisons", script, args, ["--num_splits", f"{modules}"])
         network = c.script.DGLNet if name == "DGL" else c.script.ResNet
         c.model = c.utils.to_device(network(10, c.args.depth, modules), c.args, c.device)
-        scaler, meter = c.cifar.grad_scaler(c.args, c.device), c.cifar.Meter(c.device)
+        scalers = [c.cifar.grad_scaler(c.args, c.device) for _ in range(modules)]
+        meters = [c.cifar.Meter(c.device) for _ in range(modules)]
         if name == "backprop":
-            parts = [c.script.make_optimizer(c.model), scaler]
+            parts = [c.script.make_optimizer(c.model), scalers[0]]
         else:
-            parts = [c.script.make_optimizers(c.model), [scaler] * modules]
+            parts = [c.script.make_optimizers(c.model), scalers]
         delays = {
             "DDG": lambda c=c: [c.script.Delays(c.model, c.autocast)],
             "FR": lambda c=c: [c.script.Delays(c.model)],
         }
-        parts += [c.autocast, c.train, [meter] * modules if name == "DGL" else meter, *delays.get(name, list)()]
+        parts += [c.autocast, c.train, meters if name == "DGL" else meters[0], *delays.get(name, list)()]
         yield (
             f"ddg_comparisons: {name}" + f", K = {modules}" * (name != "backprop"),
             lambda c=c, parts=parts: c.script.train_epoch(c.model, *parts),

@@ -380,6 +380,7 @@ def measure(precisions, steps, script, *flags):
     module.utils.Run.save = lambda run: None  # buffers may be gigabytes
     for precision in precisions.split(","):
         passes[:], status = [[0, 0.0]], "ok"
+        getattr(getattr(module, "train_step", None), "captures", {}).clear()  # they keep their networks
         if cuda:
             gc.collect()
             torch.cuda.empty_cache()

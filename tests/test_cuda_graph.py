@@ -7,7 +7,9 @@ themselves to the bit, and otherwise as closely as they do.
 
 import contextlib
 import copy
+import gc
 import types
+import weakref
 
 import pytest
 import torch
@@ -16,20 +18,19 @@ from test_scripts import QUICK
 
 FLAGS = [*QUICK, "--train-size", 20, "--batch-size", 6, "--epochs", 6]  # three batches of 6, and one of 2
 # Per script: flags, captures, replays. Of 18 full batches and 6 small ones, the first 3 are eager. In all scripts but
-# dni's, the second half has another learning rate, and is captured again.
+# dni's, the second half has another learning rate: one eager step, and another capture.
 BUFFER = ["--seed", 1, "--buffer", 2, "--ncnn", 3, "--down", "[0]", "--feature_size", 4, "--epochdecay", 3]
 SCRIPTS = {
-    "auxiliary_nets_study/cifar_dgl.py": (["--feature_size", 4, "--loss", "predsim"], 3, 18),
-    "auxiliary_nets_study/cifar_resnet.py": (["--method", "man", "--depth", 8, "--num-modules", 3], 3, 18),
-    "buffer_experiments/cifar_buffer.py": (BUFFER, 6, 45),
-    "ddg_comparisons/cifar_backprop.py": (["--depth", 8], 3, 18),
-    "ddg_comparisons/cifar_dgl.py": (["--depth", 8], 3, 18),
+    "auxiliary_nets_study/cifar_dgl.py": (["--feature_size", 4, "--loss", "predsim"], 3, 16),
+    "auxiliary_nets_study/cifar_resnet.py": (["--method", "man", "--depth", 8, "--num-modules", 3], 3, 16),
+    "buffer_experiments/cifar_buffer.py": (BUFFER, 6, 42),
+    "ddg_comparisons/cifar_backprop.py": (["--depth", 8], 3, 16),
+    "ddg_comparisons/cifar_dgl.py": (["--depth", 8], 3, 16),
     "dni_comparisons/cifar_cnn_dni.py": (["--dni", "--context"], 2, 18),
     "dni_comparisons/cifar_dgl.py": ([], 2, 18),
-    "learning_curves/cifar_dgl.py": ([], 3, 18),
-    "learning_curves/cifar_sequential_greedy.py": ([], 12, 72),
+    "learning_curves/cifar_dgl.py": ([], 3, 16),
+    "learning_curves/cifar_sequential_greedy.py": ([], 12, 64),
 }
-ROUNDS = {"auxiliary_nets_study/cifar_resnet.py"}  # some of its kernels on a GPU add in any order
 SLOW = {*SCRIPTS} - {"learning_curves/cifar_dgl.py"}
 
 
@@ -70,8 +71,17 @@ class Stream:
     @contextlib.contextmanager
     def use(cls, stream):
         before, cls.current = cls.current, stream
-        yield
-        cls.current = before
+        try:
+            yield
+        finally:
+            cls.current = before
+
+    @classmethod
+    def patch(cls, monkeypatch):
+        cls.current = cls()
+        monkeypatch.setattr(torch.cuda, "Stream", cls)
+        monkeypatch.setattr(torch.cuda, "current_stream", lambda: cls.current)
+        monkeypatch.setattr(torch.cuda, "stream", cls.use)
 
 
 class StandIn:
@@ -80,15 +90,13 @@ class StandIn:
     def __init__(self, module, monkeypatch):
         self.graph, self.step, self.capturing, self.calls = module.train_step, module.train_step.step, None, []
         self.graph.step, self.graph.DEVICE = self.run, "cpu"
-        Stream.current = Stream()
-        monkeypatch.setattr(torch.cuda, "Stream", Stream)
-        monkeypatch.setattr(torch.cuda, "current_stream", lambda: Stream.current)
-        monkeypatch.setattr(torch.cuda, "stream", Stream.use)
+        Stream.patch(monkeypatch)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", types.SimpleNamespace)
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
 
     @contextlib.contextmanager
     def capture(self, graph, stream):
+        assert not gc.isenabled(), "a graph that is destroyed now would spoil the capture"
         self.capturing = graph
         with Stream.use(stream):
             yield
@@ -154,23 +162,28 @@ def test_modules_are_branches_that_begin_when_the_block_before_has_run(script, f
 
     def with_stand_in(module):
         StandIn(module, monkeypatch)
+        iterate, step = module.cifar.Batches.__iter__, module.train_step.step
 
-        def watched(step):
-            def step_and_watch(images, labels, model, *parts):
-                *_, optimizers = (part for part in parts if isinstance(part, list) and hasattr(part[0], "param_groups"))
-                hooks = []
-                for n, (block, net, optimizer) in enumerate(zip(model.blocks, model.auxiliary_nets, optimizers)):
-                    hooks.append(block.register_forward_hook(lambda *_, n=n: run(f"block {n}")))
-                    hooks.append(net.register_forward_hook(lambda *_, n=n: run(f"auxiliary net {n}")))
-                    hooks.append(optimizer.register_step_post_hook(lambda *_, n=n: run(f"update {n}")))
-                result = step(images, labels, model, *parts)
-                for hook in hooks:
-                    hook.remove()
-                return result
+        def watched_batches(batches):
+            for batch in iterate(batches):
+                if batches.generator:
+                    run("batch 0")
+                yield batch
 
-            return step_and_watch
+        def watched_step(images, labels, model, *parts):
+            *_, optimizers = (part for part in parts if isinstance(part, list) and hasattr(part[0], "param_groups"))
+            hooks = []
+            for n, (block, net, optimizer) in enumerate(zip(model.blocks, model.auxiliary_nets, optimizers)):
+                hooks.append(block.register_forward_hook(lambda *_, n=n: run(f"block {n}")))
+                hooks.append(net.register_forward_hook(lambda *_, n=n: run(f"auxiliary net {n}")))
+                hooks.append(optimizer.register_step_post_hook(lambda *_, n=n: run(f"update {n}")))
+            result = step(images, labels, model, *parts)
+            for hook in hooks:
+                hook.remove()
+            return result
 
-        module.train_step.step = watched(module.train_step.step)
+        monkeypatch.setattr(module.cifar.Batches, "__iter__", watched_batches)
+        module.train_step.step = watched_step
         module.train_step.WARM_UP = 10**9
 
     train(script, tmp_path, *flags, "--cuda-graph", "--epochs", 1, before=with_stand_in)
@@ -178,6 +191,7 @@ def test_modules_are_branches_that_begin_when_the_block_before_has_run(script, f
     modules, steps = 1 + max(int(what[-1]) for what in ran), len(ran["block 0"])
     assert modules >= 2 and steps == 4
     for step in range(1, steps + 1):
+        assert ("batch 0", step) in ran["block 0"][step - 1]
         for n in range(1, modules):
             before = ran[f"block {n}"][step - 1]
             assert (f"block {n - 1}", step) in before
@@ -189,26 +203,90 @@ def test_modules_are_branches_that_begin_when_the_block_before_has_run(script, f
     assert Stream.current.past == {(what, i) for what in ran for i in range(1, steps + 1)}
 
 
+class Branches:
+    """A training step with three modules, and what it uses of torch.cuda. Without `fail`, all is well."""
+
+    def __init__(self, monkeypatch):
+        self.graph, self.kept, self.fail = load("learning_curves", "cifar").CudaGraph(self.step), [], None
+        self.graph.enabled, self.graph.DEVICE = True, "cpu"
+        Stream.patch(monkeypatch)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: types.SimpleNamespace(replay=lambda: None))
+        monkeypatch.setattr(torch.cuda, "graph", lambda graph, stream: Stream.use(stream))
+        self.waits = []
+        wait = Stream.wait_stream
+        monkeypatch.setattr(Stream, "wait_stream", lambda s, other: (self.waits.append(self.alive()), wait(s, other)))
+
+    def alive(self):
+        return [x() is not None for x in self.kept]
+
+    def step(self, images, labels):
+        self.kept = []
+        for n in self.graph.branches(3):
+            Stream.current.past.add(n)
+            representation = torch.zeros(2)
+            self.kept.append(weakref.ref(representation))
+            x = self.graph.hand_over(representation)
+            del representation
+            if n == self.fail:
+                raise KeyboardInterrupt
+        del x
+
+    def __call__(self):
+        self.waits.clear()
+        self.graph(torch.zeros(2), torch.zeros(2))
+
+
+def test_a_captured_step_has_branches_and_keeps_what_they_read_until_they_have_ended(monkeypatch):
+    branches = Branches(monkeypatch)
+    for _ in range(4):  # the last one is captured
+        branches()
+        assert [alive for alive in branches.waits if any(alive)] == [[True] * 3] * 3
+        assert not branches.graph.handed_over and not any(branches.alive())
+    assert next(iter(branches.graph.captures.values())).graph
+
+
+@pytest.mark.parametrize("steps", [0, 3])  # before: the one that fails is eager, or captured
+def test_branches_join_after_ctrl_c(steps, monkeypatch):
+    branches = Branches(monkeypatch)
+    for _ in range(steps):
+        branches()
+    branches.fail, before = 1, Stream.current
+    with pytest.raises(KeyboardInterrupt):
+        branches()
+    assert Stream.current is before and gc.isenabled()
+    assert {0, 1} <= branches.graph.stream.past
+    branches.fail = None
+    branches()
+    assert not branches.graph.handed_over
+
+
+GPU = [*((script, []) for script in SCRIPTS), ("auxiliary_nets_study/cifar_resnet.py", ["--method", "dgl"])]
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_on_a_gpu(script, precision, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("script", "flags"), GPU)
+def test_on_a_gpu(script, flags, precision, tmp_path, monkeypatch):
     if (script, precision) == ("dni_comparisons/cifar_cnn_dni.py", "fp16"):
         pytest.skip("--dni refuses fp16")
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
-    losses = {"eager": [], "again": [], "graph": []}
+    losses, graphs = {"eager": [], "again": [], "graph": []}, []
     for name, found in losses.items():
 
-        def record(module, name=name, found=found):
-            pop = module.cifar.Meter.pop
+        def record(module, found=found):
+            pop, setup = module.cifar.Meter.pop, module.utils.setup
             module.cifar.Meter.pop = lambda meter: found.append(pop(meter)) or found[-1]
-            setup = module.utils.setup
             module.utils.setup = lambda args: (setup(args), setattr(torch.backends.cudnn, "benchmark", False))[0]
+            drop_the_rate_at_epoch_4(module)
+            graphs.append(module.train_step)
 
-        switch = "--no-cuda-graph" if name in ("eager", "again") else "--cuda-graph"
-        train(script, tmp_path / name, "--precision", precision, "--epochs", 3, switch, before=record)
+        switch = "--cuda-graph" if name == "graph" else "--no-cuda-graph"
+        train(script, tmp_path / name, *flags, "--precision", precision, switch, before=record)
     losses = {name: torch.tensor([loss for loss, _ in found]) for name, found in losses.items()}
     assert len(losses["eager"])
-    bound = 3 * (losses["eager"] - losses["again"]).abs().max() + 0.01 * (script in ROUNDS)
+    assert [any(capture.graph for capture in step.captures.values()) for step in graphs] == [False, False, True]
+    bound = 3 * (losses["eager"] - losses["again"]).abs().max()
+    if "resnet" in script:  # some of its kernels add in any order
+        bound += 1e-4 if precision == "fp32" else 0.01
     assert (losses["eager"] - losses["graph"]).abs().max() <= bound, losses
