@@ -290,15 +290,15 @@ def tables(args):
 
 
 def runs(args):
-    """Full-length runs. Alone, each keeps half of the GPU busy or more."""
-    jobs = []
+    """Full-length runs, three at a time: alone, each keeps half of an H200 busy or more."""
+    jobs, size = [], min(3, args.jobs)
     for passes, rate, command in [RUNS[0], RUNS[4], RUNS[-1]] if args.rehearse else RUNS:
-        minutes = (20 + 1.1 * passes * 50 / rate * max(1, args.jobs / 1.5)) / 60  # 20 s to begin; a tenth to evaluate
+        minutes = (20 + 1.1 * passes * 50 / rate * max(1, size / 1.5)) / 60  # 20 s to begin; a tenth to evaluate
         flags = few_steps(args, command) if args.rehearse else ["--data", f"{args.tree}"]
         worker = [ME, "worker", "train", *shlex.split(command), *flags, "--save_folder", "runs"]
         if args.rehearse or not committed(command):
             jobs.append(Job("runs", command, worker, minutes))
-    yield args.jobs, jobs
+    yield size, jobs
 
 
 def matching(jobs, args):
@@ -509,7 +509,7 @@ def parse_args(argv=None):
     add("--archive", type=Path, help="of logs and report.md: logs.tar.gz in --out")
     add("--data", type=Path, help="CIFAR-10 for the runs: a folder with train/ and test/, or an archive of it")
     add("--stage", nargs="+", choices=SHARES, default=list(SHARES), help="only these")
-    add("--jobs", type=int, default=max(1, min(6, cores // 2)), help="commands, and runs, side by side: 6 on 12 cores")
+    add("--jobs", type=int, default=max(1, min(6, cores // 2)), help="commands side by side: 6 on 12 cores")
     add("--match", default="", help="only the jobs whose name, in --list, has this regular expression")
     add("--list", action="store_true", help="show what would run")
     add("--rehearse", action="store_true", help="on a CPU, with everything tiny")

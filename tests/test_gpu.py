@@ -127,7 +127,7 @@ def test_list(capsys):
     gpu.main(["--list", "--jobs", "4"])
     lines = capsys.readouterr().out.splitlines()
     assert {line.split(",")[0] for line in lines} == {*gpu.SHARES}
-    assert sum(line.startswith("runs, 4 at a time, ") for line in lines) == sum(
+    assert sum(line.startswith("runs, 3 at a time, ") for line in lines) == sum(
         not gpu.committed(command) for *_, command in gpu.RUNS
     )
 
