@@ -173,17 +173,22 @@ def train_epoch(model, optimizers, scalers, autocast, batches, meters):
         train_step(images, labels, model, optimizers, scalers, autocast, meters)
 
 
+@cifar.CudaGraph
+def test_step(images, labels, model, autocast):
+    """How many images of a batch each module gets right: (modules,); nan for one that does not classify."""
+    x, correct = images, torch.zeros(len(model.blocks), device=images.device)
+    for n in range(len(model.blocks)):
+        with autocast:
+            logits, x = model(x, n)
+        correct[n] = math.nan if logits is None else (logits.argmax(1) == labels).sum()
+    return correct
+
+
 @torch.no_grad()
 def evaluate(model, autocast, batches):
     """Top-1 accuracy in % of every module, in one pass over the batches; nan for one that does not classify."""
     model.eval()
-    correct = torch.zeros(len(model.blocks), device=batches.device)
-    for images, labels in batches:
-        x = images
-        for n in range(len(model.blocks)):
-            with autocast:
-                logits, x = model(x, n)
-            correct[n] += math.nan if logits is None else (logits.argmax(1) == labels).sum()
+    correct = sum(test_step(images, labels, model, autocast) for images, labels in batches)
     return (100 * correct / len(batches.labels)).tolist()
 
 
@@ -207,7 +212,7 @@ def main(argv=None):
     for batches in (data.train, data.test):
         batches.mean, batches.std = (torch.tensor(values, device=device) for values in (methods.MEAN, methods.STD))
     model, optimizers, scalers, autocast, meters = make_parts(args, data.num_classes, device)
-    train_step.enabled = args.cuda_graph
+    train_step.enabled = test_step.enabled = args.cuda_graph
     run = utils.Run(args, data, fixed=("epochs",), model=model, optimizers=optimizers, scalers=scalers)
     if not run.epoch:
         run.log(f"modules end after {', '.join(resnet.name(end, args.depth) for end in model.ends)}")

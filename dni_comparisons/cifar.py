@@ -265,12 +265,12 @@ class Meter:
 
 
 def add_cuda_graph_flag(parser):
-    help = "on a GPU, replay training steps as CUDA graphs: faster, but DGL's modules then need memory at the same time"
+    help = "on a GPU, replay steps as CUDA graphs: faster, but DGL's modules then need memory at the same time"
     parser.add_argument("--cuda-graph", action=argparse.BooleanOptionalAction, default=True, help=help)
 
 
 class CudaGraph:
-    """Decorator for a training step (images, labels, *parts): on a GPU, captured in a CUDA graph and replayed.
+    """Decorator for a step (images, labels, *parts): on a GPU, captured in a CUDA graph and replayed.
 
     A graph launches all kernels of a step at once; launched one by one, they keep these small networks' GPU waiting.
     For each size of batch and each network, WARM_UP steps run as they are written, and the next one is captured. When a

@@ -63,17 +63,22 @@ def train_epoch(model, optimizers, scalers, autocast, batches, meters):
         train_step(images, labels, model, optimizers, scalers, autocast, meters)
 
 
+@cifar.CudaGraph
+def test_step(images, labels, model, autocast):
+    """How many images of a batch each module gets right: (modules,)."""
+    x, correct = images, []
+    for n in range(len(model.blocks)):
+        with autocast:
+            logits, x = model(x, n)
+        correct.append((logits.argmax(1) == labels).sum())
+    return torch.stack(correct)
+
+
 @torch.no_grad()
 def evaluate(model, autocast, batches):
     """Top-1 accuracy in % of every module, in one pass over the batches."""
     model.eval()
-    correct = torch.zeros(len(model.blocks), device=batches.device)
-    for images, labels in batches:
-        x = images
-        for n in range(len(model.blocks)):
-            with autocast:
-                logits, x = model(x, n)
-            correct[n] += (logits.argmax(1) == labels).sum()
+    correct = sum(test_step(images, labels, model, autocast) for images, labels in batches)
     return (100 * correct / len(batches.labels)).tolist()
 
 
@@ -87,7 +92,7 @@ def main(argv=None):
     scalers = [cifar.grad_scaler(args, device) for _ in optimizers]
     autocast = utils.autocast(args, device)
     meters = [cifar.Meter(device) for _ in optimizers]
-    train_step.enabled = args.cuda_graph
+    train_step.enabled = test_step.enabled = args.cuda_graph
     run = utils.Run(args, data, model=model, optimizers=optimizers, scalers=scalers)
     for epoch in run.epochs(args.epochs):
         set_learning_rate(optimizers, args.lr, epoch)

@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from torch.utils.flop_counter import FlopCounterMode
 
 BATCH, PASSES = 128, 5
-STEPS = []  # the scripts' training steps that a CUDA graph can replay, or None
+STEPS = []  # the scripts' steps that a CUDA graph can replay, or None
 
 
 class Context:
@@ -42,7 +42,7 @@ class Context:
         self.cifar, self.utils = sys.modules["cifar"], sys.modules["utils"]
         if args.layout == "contiguous":
             self.use_default_layout()
-        STEPS.append(getattr(self.script, "train_step", None))
+        STEPS.extend(getattr(self.script, name, None) for name in ("train_step", "test_step"))
         flags = ["--batch-size", str(BATCH), "--precision", args.precision, *flags]
         flags += ["--no-cuda"] if args.no_cuda else []
         self.args = self.script.parse_args(flags)
@@ -282,7 +282,7 @@ def seconds(work, device, passes=PASSES):
 
 
 def switch_graphs(on):
-    """Switch the replay of training steps on or off, and free what has been captured."""
+    """Switch the replay of steps on or off, and free what has been captured."""
     for step in filter(None, STEPS):
         step.enabled = on
         step.captures.clear()

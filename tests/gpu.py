@@ -380,7 +380,8 @@ def measure(precisions, steps, script, *flags):
     module.utils.Run.save = lambda run: None  # buffers may be gigabytes
     for precision in precisions.split(","):
         passes[:], status = [[0, 0.0]], "ok"
-        getattr(getattr(module, "train_step", None), "captures", {}).clear()  # they keep their networks
+        for name in ("train_step", "test_step"):
+            getattr(getattr(module, name, None), "captures", {}).clear()  # they keep their networks
         if cuda:
             gc.collect()
             torch.cuda.empty_cache()

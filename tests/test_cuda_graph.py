@@ -7,9 +7,11 @@ themselves to the bit, and otherwise as closely as they do.
 
 import contextlib
 import copy
+import functools
 import gc
 import types
 import weakref
+from collections import Counter
 
 import pytest
 import torch
@@ -30,6 +32,12 @@ SCRIPTS = {
     "dni_comparisons/cifar_dgl.py": ([], 2, 18),
     "learning_curves/cifar_dgl.py": ([], 3, 16),
     "learning_curves/cifar_sequential_greedy.py": ([], 12, 64),
+}
+STEPS = "train_step", "test_step"
+EVALUATED = {
+    "auxiliary_nets_study/cifar_dgl.py",
+    "auxiliary_nets_study/cifar_resnet.py",
+    "learning_curves/cifar_dgl.py",
 }
 SLOW = {*SCRIPTS} - {"learning_curves/cifar_dgl.py"}
 
@@ -85,11 +93,13 @@ class Stream:
 
 
 class StandIn:
-    """What cifar.CudaGraph uses of torch.cuda, on the CPU. `calls` tells captures and replays."""
+    """What cifar.CudaGraph uses of torch.cuda, on the CPU. `calls`: the captures and replays of each step."""
 
     def __init__(self, module, monkeypatch):
-        self.graph, self.step, self.capturing, self.calls = module.train_step, module.train_step.step, None, []
-        self.graph.step, self.graph.DEVICE = self.run, "cpu"
+        self.capturing, self.calls = None, []
+        for name in STEPS:
+            if graph := getattr(module, name, None):
+                graph.step, graph.DEVICE = functools.partial(self.run, name, graph.step), "cpu"
         Stream.patch(monkeypatch)
         monkeypatch.setattr(torch.cuda, "CUDAGraph", types.SimpleNamespace)
         monkeypatch.setattr(torch.cuda, "graph", self.capture)
@@ -102,28 +112,28 @@ class StandIn:
             yield
         self.capturing = None
 
-    def run(self, *arguments):
+    def run(self, name, step, *arguments):
         if not self.capturing:
-            return self.step(*arguments)
+            return step(*arguments)
         flat = [part for item in arguments for part in (item if isinstance(item, list) else [item])]
         groups = [group for part in flat if isinstance(part, torch.optim.Optimizer) for group in part.param_groups]
         assert all(group.get("capturable", True) for group in groups), "torch refuses to capture this optimizer"
         rates = [group["lr"] for group in groups]
 
         def replay():
-            self.calls.append("replay")
+            self.calls.append((name, "replay"))
             wanted = [group["lr"] for group in groups]
             for group, rate in zip(groups, rates):
                 group["lr"] = rate
-            result = self.step(*arguments)
+            result = step(*arguments)
             if result is not None:
                 outputs.copy_(result)
             for group, rate in zip(groups, wanted):
                 group["lr"] = rate
 
-        self.calls.append("capture")
+        self.calls.append((name, "capture"))
         self.capturing.replay = replay
-        outputs = self.step(*copy.deepcopy(arguments))  # a capture computes nothing
+        outputs = step(*copy.deepcopy(arguments))  # a capture computes nothing
         return outputs
 
 
@@ -138,8 +148,10 @@ def test_replayed_steps_are_the_eager_ones(script, tmp_path, monkeypatch):
     train(script, tmp_path / "eager", before=drop_the_rate_at_epoch_4)
     train(script, tmp_path / "graph", "--cuda-graph", before=with_stand_in)
     assert_same_run(tmp_path / "eager", tmp_path / "graph")
-    calls = stand_ins[0].calls
-    assert (calls.count("capture"), calls.count("replay")) == SCRIPTS[script][1:]
+    calls = Counter(stand_ins[0].calls)
+    assert (calls["train_step", "capture"], calls["train_step", "replay"]) == SCRIPTS[script][1:]
+    tests = calls["test_step", "capture"], calls["test_step", "replay"]  # of one batch in each of six epochs
+    assert tests == ((1, 3) if script in EVALUATED else (0, 0))
 
 
 @pytest.mark.parametrize(
@@ -272,10 +284,12 @@ def test_on_a_gpu(script, flags, precision, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "deterministic", True)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
     losses, graphs = {"eager": [], "again": [], "graph": []}, []
+    accuracies = {name: [] for name in losses}
     for name, found in losses.items():
 
-        def record(module, found=found):
-            pop, setup = module.cifar.Meter.pop, module.utils.setup
+        def record(module, found=found, tops=accuracies[name]):
+            pop, setup, evaluate = module.cifar.Meter.pop, module.utils.setup, module.evaluate
+            module.evaluate = lambda *parts: tops.append(evaluate(*parts)) or tops[-1]
             module.cifar.Meter.pop = lambda meter: found.append(pop(meter)) or found[-1]
             module.utils.setup = lambda args: (setup(args), setattr(torch.backends.cudnn, "benchmark", False))[0]
             drop_the_rate_at_epoch_4(module)
@@ -290,3 +304,5 @@ def test_on_a_gpu(script, flags, precision, tmp_path, monkeypatch):
     if "resnet" in script:  # some of its kernels add in any order
         bound += 1e-4 if precision == "fp32" else 0.01
     assert (losses["eager"] - losses["graph"]).abs().max() <= bound, losses
+    if bound == 0:
+        assert accuracies["eager"] == accuracies["graph"]
