@@ -147,7 +147,7 @@ def learning_curves(args):
 
     yield "forward of layers 1-3 + DGL's step of layer 4", parts_of_layer_4, None
     # Last, because it changes the memory format. A graph's would stay as it was.
-    if torch.cuda.is_available() and not args.no_cuda and not args.no_cuda_graph:
+    if c.device.type == "cuda" and not args.no_cuda_graph:
         return
     c.use_default_layout()
     c.network(c.model)

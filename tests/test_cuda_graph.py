@@ -19,6 +19,7 @@ from conftest import assert_same_run, load
 from test_scripts import QUICK
 
 FLAGS = [*QUICK, "--train-size", 20, "--batch-size", 6, "--epochs", 6]  # three batches of 6, and one of 2
+FLAGS += ["--test-batch-size", 8]  # two batches of 8, and one of 4
 # Per script: flags, captures, replays. Of 18 full batches and 6 small ones, the first 3 are eager. In all scripts but
 # dni's, the second half has another learning rate: one eager step, and another capture.
 BUFFER = ["--seed", 1, "--buffer", 2, "--ncnn", 3, "--down", "[0]", "--feature_size", 4, "--epochdecay", 3]
@@ -150,8 +151,8 @@ def test_replayed_steps_are_the_eager_ones(script, tmp_path, monkeypatch):
     assert_same_run(tmp_path / "eager", tmp_path / "graph")
     calls = Counter(stand_ins[0].calls)
     assert (calls["train_step", "capture"], calls["train_step", "replay"]) == SCRIPTS[script][1:]
-    tests = calls["test_step", "capture"], calls["test_step", "replay"]  # of one batch in each of six epochs
-    assert tests == ((1, 3) if script in EVALUATED else (0, 0))
+    tests = calls["test_step", "capture"], calls["test_step", "replay"]  # of 12 full batches and 6 small ones
+    assert tests == ((2, 12) if script in EVALUATED else (0, 0))
 
 
 @pytest.mark.parametrize(
@@ -262,6 +263,7 @@ def test_branches_join_after_ctrl_c(steps, monkeypatch):
     branches = Branches(monkeypatch)
     for _ in range(steps):
         branches()
+        branches.graph.stream.past.clear()
     branches.fail, before = 1, Stream.current
     with pytest.raises(KeyboardInterrupt):
         branches()
