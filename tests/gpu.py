@@ -3,7 +3,7 @@
     python tests/gpu.py --list                                            # what would run, with its expected minutes
     python tests/gpu.py --minutes 4 --archive back/1.tar.gz --stage tests commands
     python tests/gpu.py --minutes 7 --archive back/2.tar.gz --stage tables runs --data cifar10-jpeg.tar.xz
-    python tests/gpu.py --rehearse --out rehearsal                        # the same on a CPU, with everything tiny
+    python tests/gpu.py --rehearse --out out/rehearsal                    # the same on a CPU, with everything tiny
 
 tests: `pytest -m cuda`. commands: every published command for a few steps, in all precisions. tables: speed and memory,
 one after the other. runs: full-length runs on --data, most wanted first; none that would not end in time, or whose log
